@@ -1,0 +1,97 @@
+"""One style and the few recurring figures.
+
+Figures have a transparent ground and black text; the book's style sheet turns their lightness around on dark pages, so
+colours are chosen to keep their hue and contrast both ways (the palette of Okabe and Ito, without its yellow).
+"""
+
+from __future__ import annotations
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+
+PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
+INK = "#000000"
+FAINT = "#767676"
+
+
+def use_style() -> None:
+    """Set the book's matplotlib style: figures as wide as the text, with its font size."""
+    mpl.rcParams.update(
+        {
+            "figure.figsize": (7.2, 4.2),
+            "figure.dpi": 160,
+            "figure.facecolor": "none",
+            "figure.constrained_layout.use": True,
+            "axes.facecolor": "none",
+            "savefig.dpi": 160,
+            "font.size": 11.5,
+            "axes.titlesize": 12,
+            "axes.titlelocation": "left",
+            "axes.labelsize": 12,
+            "axes.prop_cycle": mpl.cycler(color=PALETTE),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+            "grid.linewidth": 0.6,
+            "lines.linewidth": 2.0,
+            "lines.markersize": 5.5,
+            "legend.frameon": False,
+            "mathtext.fontset": "cm",
+        }
+    )
+
+
+def error_curves(
+    ax: Axes, table: pd.DataFrame, error: str, by: str, labels: dict | None = None, scale: dict | None = None
+) -> None:
+    """Mean error against n on logarithmic axes, with two standard errors over replicates, labelled at the right end.
+
+    Parameters
+    ----------
+    table : one row per replicate and n, with columns n, `error` and `by`.
+    labels : text for each value of `by` (default: the value); its order is the order of colours.
+    scale : what to divide the errors of each value of `by` by.
+    """
+    labels = labels or {value: str(value) for value in table[by].unique()}
+    for (value, label), colour in zip(labels.items(), PALETTE * 3):
+        rows = table[table[by] == value].groupby("n")[error]
+        unit = (scale or {}).get(value, 1.0)
+        mean, spread = rows.mean() / unit, 2 * rows.sem() / unit
+        ax.errorbar(mean.index, mean, spread, fmt="o-", color=colour, linewidth=1.2, capsize=2)
+        ax.annotate(
+            label, (mean.index[-1], mean.iloc[-1]), (8, 0), textcoords="offset points", color=colour, va="center"
+        )
+    ax.set(xscale="log", yscale="log", xlabel="tokens $n$")
+
+
+def slope_guide(ax: Axes, n, start: float, exponent: float = 0.5, label: str = r"$1/\sqrt{n}$") -> None:
+    """A dashed line start (n / n[0])^-exponent, labelled at its right end: what a rate looks like."""
+    n = np.asarray(n, dtype=float)
+    line = start * (n / n[0]) ** -exponent
+    ax.plot(n, line, "--", color=FAINT, linewidth=1.2)
+    ax.annotate(label, (n[-1], line[-1]), (8, 0), textcoords="offset points", color=FAINT, va="center")
+
+
+def head_map(ax: Axes, table: pd.DataFrame, value: str, title: str, log: bool = True, digits: str = ".2g"):
+    """Heat map of one number per head: layers down, heads across, the number written in each cell.
+
+    `table` has columns layer, head and `value`; returns the image, for a colour bar.
+    """
+    grid = table.pivot(index="layer", columns="head", values=value)
+    norm = LogNorm(grid.min().min(), grid.max().max()) if log else None
+    image = ax.imshow(grid, cmap="cividis", norm=norm, aspect="auto")
+    for (row, column), number in np.ndenumerate(grid.to_numpy()):
+        shade = image.norm(number)
+        text = format(number, digits) if number < 999 else f"{number:,.0f}"
+        ax.text(column, row, text, ha="center", va="center", fontsize=9, color="white" if shade < 0.55 else "black")
+    ax.set(xlabel="head", ylabel="layer", title=title)
+    ax.set_xticks(range(len(grid.columns)), grid.columns)
+    ax.set_yticks(range(len(grid.index)), grid.index)
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    return image

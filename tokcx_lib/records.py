@@ -1,0 +1,193 @@
+"""Records: results of long runs, kept as a tidy table with its provenance and a checksum.
+
+A record NAME is two files: NAME.csv (or NAME.csv.gz), one row per configuration, replicate and length, with six
+significant digits; and NAME.json, which says what produced it. The JSON holds the checksum of the table, so a table
+edited by hand is refused. They live in ``book/records`` of the project, or in the folder ``TOKCX_RECORDS``.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+import pandas
+import torch
+
+import tokcx_lib
+
+MOST_BYTES = 1_500_000  # larger tables are compressed
+FORMAT = 1
+REQUIRED = ("format", "name", "columns", "rows", "sha256", "created", "versions", "commit", "device")
+
+
+class Record(NamedTuple):
+    """A `table` (DataFrame) and its `meta` (what produced it)."""
+
+    table: pandas.DataFrame
+    meta: dict
+
+    def __str__(self) -> str:
+        """One line: what ran, where, when, from which commit."""
+        meta = self.meta
+        parts = [f"record {meta['name']}", f"device: {meta['device']}"]
+        if "replicates" in meta:
+            parts.append(f"{meta['replicates']} replicates")
+        if "wall_seconds" in meta:
+            parts.append(f"{meta['wall_seconds'] / 60:.0f} min")
+        return " · ".join([*parts, meta["created"][:10], f"commit {meta['commit'][:10]}"])
+
+
+def folder(path=None) -> Path:
+    """The folder of records: `path`, else ``TOKCX_RECORDS``, else ``book/records`` beside the package."""
+    chosen = path or os.environ.get("TOKCX_RECORDS")
+    return Path(chosen) if chosen else Path(__file__).resolve().parents[1] / "book" / "records"
+
+
+def provenance(device: str | torch.device = "cpu") -> dict:
+    """Device, versions, commit and time: what every record says about the run that made it."""
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        described = torch.cuda.get_device_name(chosen)
+    else:
+        described = f"{chosen.type} ({torch.get_num_threads()} threads, {platform.machine()})"
+    return {
+        "device": described,
+        "versions": {
+            "python": platform.python_version(),
+            "tokcx": tokcx_lib.__version__,
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+        },
+        "commit": _commit(),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _commit() -> str:
+    """The commit of the checkout this library runs from, with '+' if its code was changed since; else 'unknown'."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=30
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "tokcx_lib")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def save(name: str, table: pandas.DataFrame, meta: dict, path=None) -> Path:
+    """Write a record; returns the path of its table.
+
+    Parameters
+    ----------
+    name : letters, digits, - and _.
+    table : tidy, with unique column names; floats are rounded to six significant digits.
+    meta : JSON-able; `provenance` is added where it lacks a key.
+    path : the folder, default `folder()`.
+
+    Raises
+    ------
+    ValueError
+        If the name, the table or the meta data cannot be stored.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"name: expected letters, digits, - and _, got {name!r}")
+    if len(table) == 0 or not table.columns.is_unique:
+        raise ValueError(f"table: expected rows and unique columns, got {len(table)} rows, {list(table.columns)}")
+    content = table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
+    suffix = ".csv"
+    if len(content) > MOST_BYTES:
+        content, suffix = gzip.compress(content, mtime=0), ".csv.gz"
+    meta = {
+        **provenance(),
+        **meta,
+        "format": FORMAT,
+        "name": name,
+        "columns": list(map(str, table.columns)),
+        "rows": len(table),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    try:
+        described = json.dumps(meta, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"meta: expected values that JSON can hold, got {error}") from error
+    target = folder(path)
+    target.mkdir(parents=True, exist_ok=True)
+    for other in {".csv", ".csv.gz"} - {suffix}:
+        (target / (name + other)).unlink(missing_ok=True)
+    _write(target / (name + suffix), content)
+    _write(target / (name + ".json"), described.encode())
+    return target / (name + suffix)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all: a reader never sees half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def load(name: str, path=None) -> Record:
+    """Read a record, after verifying it.
+
+    Raises
+    ------
+    ValueError
+        If there is no such record, or its table is not the one its JSON describes.
+    """
+    content, meta = _verified(name, path)
+    return Record(pandas.read_csv(BytesIO(content)), meta)
+
+
+def verify(name: str, path=None) -> dict:
+    """Check a record's checksum and schema; returns its meta data.
+
+    Raises
+    ------
+    ValueError
+        Which names the record and says what is wrong with it.
+    """
+    return _verified(name, path)[1]
+
+
+def _verified(name: str, path) -> tuple[bytes, dict]:
+    target = folder(path)
+    described = target / f"{name}.json"
+    if not described.is_file():
+        there = sorted(p.stem for p in target.glob("*.json")) or ["none"]
+        raise ValueError(f"record: expected one of {', '.join(there)} in {target}, got {name!r}")
+    try:
+        meta = json.loads(described.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"record {name!r}: its JSON cannot be read ({error})") from error
+    missing = [key for key in REQUIRED if key not in meta] if isinstance(meta, dict) else list(REQUIRED)
+    if missing:
+        raise ValueError(f"record {name!r}: its JSON lacks {', '.join(missing)}")
+    if meta["format"] != FORMAT or meta["name"] != name:
+        raise ValueError(f"record {name!r}: its JSON is of format {meta['format']} and named {meta['name']!r}")
+    tables = [p for suffix in (".csv", ".csv.gz") if (p := target / (name + suffix)).is_file()]
+    if len(tables) != 1:
+        raise ValueError(f"record {name!r}: expected one table, {name}.csv or {name}.csv.gz, found {len(tables)}")
+    stored = tables[0].read_bytes()
+    found = hashlib.sha256(stored).hexdigest()
+    if found != meta["sha256"]:
+        raise ValueError(f"record {name!r}: {tables[0].name} has sha256 {found}, its JSON says {meta['sha256']}")
+    content = gzip.decompress(stored) if tables[0].suffix == ".gz" else stored
+    table = pandas.read_csv(BytesIO(content))
+    if list(table.columns) != meta["columns"] or len(table) != meta["rows"]:
+        raise ValueError(f"record {name!r}: expected {meta['rows']} rows of {meta['columns']}, got {table.shape}")
+    return content, meta

@@ -1,0 +1,73 @@
+"""Where and how large to run: device and profile.
+
+``TOKCX_DEVICE`` (default: cpu) and ``TOKCX_PROFILE`` (``quick`` or ``full``, default: quick) set what a chapter uses;
+every function also takes a device of its own.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+
+from tokcx_lib.validation import as_count
+
+PROFILES = ("quick", "full")
+
+
+def device(name: str | torch.device | None = None) -> torch.device:
+    """The device to run on: `name`, else ``TOKCX_DEVICE``, else the CPU.
+
+    Raises
+    ------
+    ValueError
+        If the name is no device of PyTorch, or the machine does not have it.
+    """
+    wanted = str(name or os.environ.get("TOKCX_DEVICE") or "cpu")
+    try:
+        chosen = torch.device(wanted)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise ValueError(f"device: {wanted!r} is not available; this machine has {', '.join(there)}") from error
+    return chosen
+
+
+def profile() -> str:
+    """``quick`` (a chapter in about a minute on 2 CPU cores) or ``full`` (paper scale), from ``TOKCX_PROFILE``."""
+    chosen = os.environ.get("TOKCX_PROFILE") or "quick"
+    if chosen not in PROFILES:
+        raise ValueError(f"TOKCX_PROFILE: expected one of {', '.join(PROFILES)}, got {chosen!r}")
+    return chosen
+
+
+def generator(seed: int | torch.Generator | None) -> torch.Generator:
+    """A random stream: the one given, a new one from an integer seed, or a new one from the system's entropy.
+
+    Streams from a seed live on the CPU, so the same seed draws the same tokens on every device.
+    """
+    if isinstance(seed, torch.Generator):
+        return seed
+    stream = torch.Generator()
+    if seed is None:
+        stream.seed()
+    else:
+        stream.manual_seed(int(seed))
+    return stream
+
+
+def stream(*keys: int) -> torch.Generator:
+    """A random stream named by integers, such as (seed, layer, head, replicate): any of them can be re-drawn alone.
+
+    The seed is numpy's SeedSequence of the keys, so streams of different keys are independent for all purposes.
+    """
+    state = np.random.SeedSequence([as_count("keys", key, least=0) for key in keys]).generate_state(1, np.uint64)
+    return generator(int(state[0]) >> 1)
+
+
+def report() -> str:
+    """The line that opens every chapter: ``device: cpu, profile: quick``."""
+    chosen = device()
+    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else chosen.type
+    return f"device: {name}, profile: {profile()}"
