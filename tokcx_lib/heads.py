@@ -238,7 +238,7 @@ def layer_streams(
 def _run_layers(model, modules, ids, layers, width, batch):
     tokenizer, device = model.tokenizer, model.model.device
     whole = len(ids) // width
-    windows = list(ids[: whole * width].reshape(whole, width).split(batch))
+    windows = list(ids[: whole * width].reshape(whole, width).split(batch)) if whole else []
     if len(ids) % width:
         windows.append(ids[whole * width :][None])
     read: dict[int, Tensor] = {}

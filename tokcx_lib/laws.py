@@ -213,7 +213,8 @@ class _Spherical:
         r, _, k1 = self._radial(t)
         k2 = 1 - (r * k1) ** 2 - (2 * self._nu + 1) * k1
         excess = torch.as_tensor(self.radius**2 * (k2 - k1)).to(t)[..., None, None]
-        u = torch.nn.functional.normalize(t, dim=-1, eps=1e-300 if t.dtype == torch.float64 else 1e-30)
+        largest = t.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(t.dtype).tiny)
+        u = torch.nn.functional.normalize(t / largest, dim=-1)  # scaled first: squares of tiny t underflow
         across = torch.as_tensor(self.radius**2 * k1).to(t)[..., None, None]
         return across * torch.eye(self.dim, dtype=t.dtype, device=t.device) + excess * u[..., :, None] * u[..., None, :]
 

