@@ -1,6 +1,6 @@
 """The attention map of a law or of a sample, and its hardmax limit.
 
-Gamma_mu(x) = V grad K(A x) = V E[Y] under the Esscher tilt of mu by A x (theory: T0). For the empirical measure of n
+Gamma_mu(x) = V grad K(A x) = V E[Y] under the Esscher tilt of mu by A x (chapter 1). For the empirical measure of n
 tokens this *is* softmax attention over n keys. These functions are for small work, in the precision given; millions of
 keys belong to `streaming`.
 """

@@ -1,7 +1,7 @@
 """Attention heads and token streams of Hugging Face models.
 
 One head sends a query token x and a key token y to the logit <A x + shift, y> (plus a term that softmax cancels), with
-A = W_K' W_Q / sqrt(d_k) and shift = W_K' b_Q / sqrt(d_k) (theory: T0). The tokens of a layer are what its attention
+A = W_K' W_Q / sqrt(d_k) and shift = W_K' b_Q / sqrt(d_k) (chapter 1). The tokens of a layer are what its attention
 reads: the hidden states that enter it, special tokens left out.
 
 Supported: BERT and RoBERTa with absolute positions. Models load from safetensors only, never with remote code.

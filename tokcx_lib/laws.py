@@ -51,7 +51,7 @@ def _uniform(n: int, dim: int, generator) -> Tensor:
 
 
 class Gaussian:
-    """N(mean, cov): K(t) = <t, mean> + t'cov t / 2; the tilt only shifts the mean, by cov t (theory: T0).
+    """N(mean, cov): K(t) = <t, mean> + t'cov t / 2; the tilt only shifts the mean, by cov t (chapter 1).
 
     Parameters
     ----------
@@ -115,7 +115,7 @@ class _Independent:
 
 
 class Rademacher(_Independent):
-    """Independent signs, uniform on {-1, 1}^dim: K(t) = sum log cosh t_i, grad K = tanh t (theory: T0)."""
+    """Independent signs, uniform on {-1, 1}^dim: K(t) = sum log cosh t_i, grad K = tanh t (chapter 1)."""
 
     _variance = 1.0
 
@@ -131,7 +131,7 @@ class Rademacher(_Independent):
 
 
 class Uniform(_Independent):
-    """Uniform on the cube [-1, 1]^dim: K(t) = sum log(sinh t_i / t_i), grad K = coth t - 1/t (theory: T0)."""
+    """Uniform on the cube [-1, 1]^dim: K(t) = sum log(sinh t_i / t_i), grad K = coth t - 1/t (chapter 1)."""
 
     _variance = 1.0 / 3.0
 
@@ -222,7 +222,7 @@ class _Spherical:
 class UniformSphere(_Spherical):
     """Uniform on the sphere of a given radius in R^dim, dim >= 2.
 
-    grad K(t) = radius I_{d/2}(r) / I_{d/2-1}(r) t/|t| with r = radius |t| (modified Bessel functions; theory: T0).
+    grad K(t) = radius I_{d/2}(r) / I_{d/2-1}(r) t/|t| with r = radius |t| (modified Bessel functions; chapter 6).
     """
 
     def __init__(self, dim: int, radius: float = 1.0):

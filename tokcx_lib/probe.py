@@ -54,7 +54,7 @@ def head_geometry(head: Head, x: Tensor, cov: Tensor) -> dict[str, float]:
     """H, H_1, Psi, Psi_1, and the median and 95% load of a head, for tokens (n, d) with centred covariance (d, d).
 
     The load of a token that is not centred is ||Sigma^{1/2}(A x + shift)||: the mean of the keys cancels in softmax,
-    that of the queries acts like a shift (theory: T0).
+    that of the queries acts like a shift (chapter 1).
     """
     A, cov = head.A, cov.to(head.A)
     loads = geometry.load(x.double(), A, cov, shift=head.shift)
