@@ -72,7 +72,7 @@ def _probe(options: argparse.Namespace) -> None:
     corpus = open_corpus(options.text)
     model = load_model(options.model, options.device)
     table = probe(model, corpus.text, options.layers, options.tokens, options.queries, options.seed)
-    shown = table.rename(columns=lambda name: name.replace("_one_sided", "_1").replace("effective_", "eff@"))
+    shown = table.drop(columns=["value_spread", "value_cov"]).rename(columns=lambda name: name.replace("_one_sided", "_1").replace("effective_", "eff@"))
     print(f"{options.model} on {corpus.name}: {options.tokens} tokens, device: {model.model.device}")
     print(shown.to_string(index=False, float_format=lambda number: f"{number:.4g}"))
     if options.out:

@@ -98,8 +98,11 @@ def load_model(name_or_path: str = EMBEDDED, device=None) -> TextModel:
         If there is no such model, it has no safetensors weights, a checksum does not match, or it is of an
         architecture that is not supported.
     """
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
-    from transformers.utils import logging
+    with warnings.catch_warnings():
+        # In a notebook the progress bars of these libraries ask for widgets, which a book does without.
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        from transformers import AutoConfig, AutoModel, AutoTokenizer
+        from transformers.utils import logging
 
     target = runtime.device(device)
     path = _embedded_folder() if name_or_path == EMBEDDED else Path(name_or_path)

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
+from matplotlib.ticker import NullFormatter
 
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
 INK = "#000000"
@@ -56,15 +57,27 @@ def error_curves(
     scale : what to divide the errors of each value of `by` by.
     """
     labels = labels or {value: str(value) for value in table[by].unique()}
+    ends = []
     for (value, label), colour in zip(labels.items(), PALETTE * 3):
         rows = table[table[by] == value].groupby("n")[error]
         unit = (scale or {}).get(value, 1.0)
         mean, spread = rows.mean() / unit, 2 * rows.sem() / unit
         ax.errorbar(mean.index, mean, spread, fmt="o-", color=colour, linewidth=1.2, capsize=2)
-        ax.annotate(
-            label, (mean.index[-1], mean.iloc[-1]), (8, 0), textcoords="offset points", color=colour, va="center"
-        )
+        ends.append((mean.index[-1], mean.iloc[-1], label, colour))
     ax.set(xscale="log", yscale="log", xlabel="tokens $n$")
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    _label_ends(ax, ends)
+
+
+def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """Text at the right ends of curves on a logarithmic axis, pushed up where two would overlap."""
+    height = ax.figure.get_figheight() * 72 * 0.8  # of the axes, in points, roughly
+    low, high = np.log(ax.get_ylim())
+    free = -np.inf
+    for x, y, label, colour in sorted(ends, key=lambda end: end[1]):
+        at = (np.log(y) - low) / (high - low) * height
+        free = max(at, free + 1.25 * mpl.rcParams["font.size"])
+        ax.annotate(label, (x, y), (8, free - at), textcoords="offset points", color=colour, va="center")
 
 
 def slope_guide(ax: Axes, n, start: float, exponent: float = 0.5, label: str = r"$1/\sqrt{n}$") -> None:
@@ -75,7 +88,7 @@ def slope_guide(ax: Axes, n, start: float, exponent: float = 0.5, label: str = r
     ax.annotate(label, (n[-1], line[-1]), (8, 0), textcoords="offset points", color=FAINT, va="center")
 
 
-def head_map(ax: Axes, table: pd.DataFrame, value: str, title: str, log: bool = True, digits: str = ".2g"):
+def head_map(ax: Axes, table: pd.DataFrame, value: str, title: str, log: bool = True, digits: str = "#.2g"):
     """Heat map of one number per head: layers down, heads across, the number written in each cell.
 
     `table` has columns layer, head and `value`; returns the image, for a colour bar.

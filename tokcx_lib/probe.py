@@ -51,13 +51,17 @@ def token_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def head_geometry(head: Head, x: Tensor, cov: Tensor) -> dict[str, float]:
-    """H, H_1, Psi, Psi_1, and the median and 95% load of a head, for tokens (n, d) with centred covariance (d, d).
+    """H, H_1, Psi, Psi_1, the median and 95% load, and the scale of the values of a head.
+
+    Tokens are (n, d), with centred covariance (d, d). The values V y of single tokens have covariance V Sigma V';
+    `value_spread` is the root of its trace, `value_cov` its Frobenius norm: natural units for errors of moments.
 
     The load of a token that is not centred is ||Sigma^{1/2}(A x + shift)||: the mean of the keys cancels in softmax,
     that of the queries acts like a shift (chapter 1).
     """
     A, cov = head.A, cov.to(head.A)
     loads = geometry.load(x.double(), A, cov, shift=head.shift)
+    values = head.V @ cov @ head.V.mT
     return {
         "horizon": geometry.horizon(A, cov),
         "horizon_one_sided": geometry.horizon(A, cov, sided="one"),
@@ -65,6 +69,8 @@ def head_geometry(head: Head, x: Tensor, cov: Tensor) -> dict[str, float]:
         "coupling_one_sided": geometry.coupling(A, cov, sided="one"),
         "load_median": loads.median().item(),
         "load_95": loads.quantile(0.95).item(),
+        "value_spread": values.trace().sqrt().item(),
+        "value_cov": torch.linalg.matrix_norm(values).item(),
     }
 
 
@@ -88,7 +94,7 @@ def probe(
     -------
     DataFrame
         layer, head, horizon (two-sided), horizon_one_sided, coupling, coupling_one_sided, reach, load_median, load_95,
-        and effective_N: the median over queries of 1/sum w^2 over N keys drawn at random without replacement, for
+        value_spread and value_cov (see `head_geometry`), and effective_N: the median over queries of 1/sum w^2 over N keys drawn at random without replacement, for
         N = 1000, 10000, ... and all tokens.
 
     Raises
