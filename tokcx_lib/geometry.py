@@ -86,9 +86,9 @@ def load(x, A, cov, shift=None) -> Tensor:
     ValueError
         If shapes do not match or `cov` is not a covariance.
     """
-    half = root(cov)
-    dim = half.shape[0]
-    t = as_vectors("x", x, dim).to(half) @ as_square("A", A, dim).to(half).mT
+    cov = as_covariance("cov", cov)
+    dim = cov.shape[0]
+    t = as_vectors("x", x, dim).to(cov) @ as_square("A", A, dim).to(cov).mT
     if shift is not None:
-        t = t + as_vectors("shift", shift, dim).to(half)
-    return torch.linalg.vector_norm(t @ half, dim=-1)
+        t = t + as_vectors("shift", shift, dim).to(cov)
+    return ((t @ cov) * t).sum(-1).clamp(min=0).sqrt()

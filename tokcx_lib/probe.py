@@ -51,7 +51,7 @@ def token_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def head_geometry(head: Head, x: Tensor, cov: Tensor) -> dict[str, float]:
-    """H, H_1, Psi, Psi_1, the median and 95% load, and the scale of the values of a head.
+    """Reach, H, H_1, Psi, Psi_1, the median and 95% load, and the scale of the values of a head.
 
     Tokens are (n, d), with centred covariance (d, d). The values V y of single tokens have covariance V Sigma V';
     `value_spread` is the root of its trace, `value_cov` its Frobenius norm: natural units for errors of moments.
@@ -62,11 +62,13 @@ def head_geometry(head: Head, x: Tensor, cov: Tensor) -> dict[str, float]:
     A, cov = head.A, cov.to(head.A)
     loads = geometry.load(x.double(), A, cov, shift=head.shift)
     values = head.V @ cov @ head.V.mT
+    reach, two, one = geometry.reach(cov), geometry.horizon(A, cov), geometry.horizon(A, cov, sided="one")
     return {
-        "horizon": geometry.horizon(A, cov),
-        "horizon_one_sided": geometry.horizon(A, cov, sided="one"),
-        "coupling": geometry.coupling(A, cov),
-        "coupling_one_sided": geometry.coupling(A, cov, sided="one"),
+        "reach": reach,
+        "horizon": two,
+        "horizon_one_sided": one,
+        "coupling": two**2,  # as geometry.coupling, without a second decomposition of cov
+        "coupling_one_sided": reach * one**2,
         "load_median": loads.median().item(),
         "load_95": loads.quantile(0.95).item(),
         "value_spread": values.trace().sqrt().item(),
@@ -93,7 +95,7 @@ def probe(
     Returns
     -------
     DataFrame
-        layer, head, horizon (two-sided), horizon_one_sided, coupling, coupling_one_sided, reach, load_median, load_95,
+        layer, head, reach, horizon (two-sided), horizon_one_sided, coupling, coupling_one_sided, load_median, load_95,
         value_spread and value_cov (see `head_geometry`), and effective_N: the median over queries of 1/sum w^2 over N keys drawn at random without replacement, for
         N = 1000, 10000, ... and all tokens.
 
@@ -113,12 +115,11 @@ def probe(
     chosen = [head for head in every if head.layer in inputs]
     for head in tqdm(chosen, unit=" heads", desc="heads", leave=False):
         x = inputs[head.layer]
-        if head.head == 0:
+        if head.head == 0:  # the heads of a layer share its tokens
             _, cov = token_moments(x)
-            reach = geometry.reach(cov)
         q, k, _ = head.project(x)
         effective = effective_tokens(q[asked], k[order], lengths).median(-1).values
-        row = {"layer": head.layer, "head": head.head, "reach": reach, **head_geometry(head, x[asked], cov)}
+        row = {"layer": head.layer, "head": head.head, **head_geometry(head, x[asked], cov)}
         rows.append({**row, **{f"effective_{n}": e.item() for n, e in zip(lengths, effective)}})
     return pd.DataFrame(rows)
 
