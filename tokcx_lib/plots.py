@@ -88,7 +88,7 @@ def slope_guide(ax: Axes, n, start: float, exponent: float = 0.5, label: str = r
     ax.annotate(label, (n[-1], line[-1]), (8, 0), textcoords="offset points", color=FAINT, va="center")
 
 
-def head_map(ax: Axes, table: pd.DataFrame, value: str, title: str, log: bool = True, digits: str = "#.2g"):
+def head_map(ax: Axes, table: pd.DataFrame, value: str, title: str, log: bool = True):
     """Heat map of one number per head: layers down, heads across, the number written in each cell.
 
     `table` has columns layer, head and `value`; returns the image, for a colour bar.
@@ -98,7 +98,7 @@ def head_map(ax: Axes, table: pd.DataFrame, value: str, title: str, log: bool = 
     image = ax.imshow(grid, cmap="cividis", norm=norm, aspect="auto")
     for (row, column), number in np.ndenumerate(grid.to_numpy()):
         shade = image.norm(number)
-        text = format(number, digits) if number < 999 else f"{number:,.0f}"
+        text = f"{number:,.0f}" if abs(number) >= 10 else f"{number:#.2g}"
         ax.text(column, row, text, ha="center", va="center", fontsize=9, color="white" if shade < 0.55 else "black")
     ax.set(xlabel="head", ylabel="layer", title=title)
     ax.set_xticks(range(len(grid.columns)), grid.columns)
