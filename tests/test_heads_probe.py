@@ -140,6 +140,12 @@ def test_head_geometry_is_that_of_the_logits(minilm):
         q, k, _ = head.project(x.double())
         spread = (q[:50] @ k.mT).std(-1, correction=0)
         assert torch.allclose(geometry.load(x[:50].double(), head.A, cov, head.shift), spread, rtol=1e-6)
+        found = probe.head_geometry(head, x[:50], cov)
+        assert found["reach"] == pytest.approx(geometry.reach(cov))
+        assert found["horizon"] == pytest.approx(geometry.horizon(head.A, cov))
+        assert found["coupling"] == pytest.approx(geometry.coupling(head.A, cov))
+        assert found["horizon_one_sided"] == pytest.approx(geometry.horizon(head.A, cov, "one"))
+        assert found["coupling_one_sided"] == pytest.approx(geometry.coupling(head.A, cov, "one"))
         # The convention of the notation page: centred query, shift A mean + c.
         centred = geometry.load(x[:50].double() - mean, head.A, cov, head.A @ mean + head.shift)
         assert torch.allclose(centred, spread, rtol=1e-6)

@@ -46,7 +46,7 @@ def use_style() -> None:
 
 
 def error_curves(
-    ax: Axes, table: pd.DataFrame, error: str, by: str, labels: dict | None = None, scale: dict | None = None
+    ax: Axes, table: pd.DataFrame, error: str, by: str, labels: dict | None = None, scale=None
 ) -> None:
     """Mean error against n on logarithmic axes, with two standard errors over replicates, labelled at the right end.
 
@@ -54,13 +54,13 @@ def error_curves(
     ----------
     table : one row per replicate and n, with columns n, `error` and `by`.
     labels : text for each value of `by` (default: the value); its order is the order of colours.
-    scale : what to divide the errors of each value of `by` by.
+    scale : dict or Series, what to divide the errors of each value of `by` by.
     """
     labels = labels or {value: str(value) for value in table[by].unique()}
     ends = []
     for (value, label), colour in zip(labels.items(), PALETTE * 3):
         rows = table[table[by] == value].groupby("n")[error]
-        unit = (scale or {}).get(value, 1.0)
+        unit = 1.0 if scale is None else scale[value]
         mean, spread = rows.mean() / unit, 2 * rows.sem() / unit
         ax.errorbar(mean.index, mean, spread, fmt="o-", color=colour, linewidth=1.2, capsize=2)
         ends.append((mean.index[-1], mean.iloc[-1], label, colour))

@@ -62,12 +62,15 @@ def head_geometry(head: Head, x: Tensor, cov: Tensor) -> dict[str, float]:
     A, cov = head.A, cov.to(head.A)
     loads = geometry.load(x.double(), A, cov, shift=head.shift)
     values = head.V @ cov @ head.V.mT
-    reach, two, one = geometry.reach(cov), geometry.horizon(A, cov), geometry.horizon(A, cov, sided="one")
+    # The definitions of `geometry`, with one decomposition of the covariance for all of them.
+    half = geometry.root(cov)
+    reach = torch.linalg.matrix_norm(half, 2).item() ** 2
+    two, one = (torch.linalg.matrix_norm(B, 2).item() for B in (half @ A @ half, half @ A))
     return {
         "reach": reach,
         "horizon": two,
         "horizon_one_sided": one,
-        "coupling": two**2,  # as geometry.coupling, without a second decomposition of cov
+        "coupling": two**2,
         "coupling_one_sided": reach * one**2,
         "load_median": loads.median().item(),
         "load_95": loads.quantile(0.95).item(),
