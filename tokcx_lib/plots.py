@@ -98,7 +98,7 @@ def head_map(ax: Axes, table: pd.DataFrame, value: str, title: str, log: bool = 
     image = ax.imshow(grid, cmap="cividis", norm=norm, aspect="auto")
     for (row, column), number in np.ndenumerate(grid.to_numpy()):
         shade = image.norm(number)
-        text = f"{number:,.0f}" if abs(number) >= 10 else f"{number:#.2g}"
+        text = f"{number:,.0f}" if abs(number) >= 9.95 else f"{number:#.2g}"
         ax.text(column, row, text, ha="center", va="center", fontsize=9, color="white" if shade < 0.55 else "black")
     ax.set(xlabel="head", ylabel="layer", title=title)
     ax.set_xticks(range(len(grid.columns)), grid.columns)

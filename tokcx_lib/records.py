@@ -37,14 +37,13 @@ class Record(NamedTuple):
     meta: dict
 
     def __str__(self) -> str:
-        """One line: what ran, where, when, from which commit."""
+        """Two lines: what ran and when; on which device, for how long, from which commit."""
         meta = self.meta
-        parts = [f"record {meta['name']}", f"device: {meta['device']}"]
-        if "replicates" in meta:
-            parts.append(f"{meta['replicates']} replicates")
+        what = [f"record {meta['name']}"] + [f"{meta[key]} {key}" for key in ("replicates",) if key in meta]
+        how = [f"device: {meta['device']}"]
         if "wall_seconds" in meta:
-            parts.append(f"{meta['wall_seconds'] / 60:.0f} min")
-        return " · ".join([*parts, meta["created"][:10], f"commit {meta['commit'][:10]}"])
+            how.append(f"{meta['wall_seconds'] / 60:.0f} min")
+        return ", ".join([*what, meta["created"][:10]]) + "\n" + ", ".join([*how, f"commit {meta['commit'][:10]}"])
 
 
 def folder(path=None) -> Path:
