@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import math
 
-from tokcx_lib.validation import as_positive
+import torch
+from torch import Tensor
+
+from tokcx_lib.geometry import root
+from tokcx_lib.laws import Law
+from tokcx_lib.validation import as_matrix, as_positive, as_square, as_tensor, as_vectors
 
 _EXPONENTS = {
     "reported": lambda psi: 1 / (2 * (1 + 32 * psi)),
@@ -45,3 +50,106 @@ def hardmax_mean(n: float, sigma: float = 1.0) -> float:
     if not as_positive("n", n) > 1:
         raise ValueError(f"n: expected a number greater than 1, got {n}")
     return as_positive("sigma", sigma) * math.log(4) / (2 * math.sqrt(2 * math.log(n)))
+
+
+def clt_covariance(law: Law, t) -> Tensor:
+    """Covariance S(t) of the limit of sqrt(n) (grad K_n - grad K)(t), for attention over n tokens of a law (chapter 2).
+
+    S(t) = e^{K(2t) - 2K(t)} (Hess K(2t) + g g'), g = grad K(2t) - grad K(t). With a value matrix the error of
+    attention at the query x has covariance V S(A x) V' / n to first order. Classical: the delta method.
+
+    Parameters
+    ----------
+    law : a law of `laws`, with log-MGF finite around 2t.
+    t : (..., d), tilts t = A x; for d = 1 a number is accepted.
+
+    Returns
+    -------
+    Tensor of shape (..., d, d), in the precision of t; infinite where the factor overflows
+
+    Raises
+    ------
+    ValueError
+        If t does not match the law or is not finite.
+    """
+    t = as_vectors("t", t, law.dim)
+    growth = torch.exp(law.log_mgf(2 * t) - 2 * law.log_mgf(t))
+    shift = law.tilted_mean(2 * t) - law.tilted_mean(t)
+    return growth[..., None, None] * (law.tilted_cov(2 * t) + shift[..., :, None] * shift[..., None, :])
+
+
+# Dudley's integral of sqrt(log(5/v)) over v in (0, 1/2), with the constant 4 sqrt(2) of the chaining sum (chapter 2).
+_CHAINING = 4 * math.sqrt(2) * (
+    math.sqrt(math.log(10)) / 2 + 2.5 * math.sqrt(math.pi) * math.erfc(math.sqrt(math.log(10)))
+)
+
+
+def uniform_constant(radius: float, A, *, support: float | None = None, spread: float | None = None, cov=None, V=None):
+    """A constant C with E sup_{|x| <= radius} ||Gamma_n(x) - Gamma(x)|| <= C / sqrt(n) for every n >= 1 (chapter 2).
+
+    Give either `support` (and `spread`) or `cov`; k is the rank of A and c = 5.09… the constant of the chaining.
+
+    * Tokens within `support` = rho of their mean, E||Y - EY||^2 <= `spread`^2, tilts up to tau = radius ||A||_2:
+      C = 2 ||V|| spread (1 + (c sqrt(k) + 2) tau rho e^{tau rho}).
+    * Sub-Gaussian tokens with matrix `cov`, K(t) <= t' cov t / 2, loads up to s = radius ||cov^{1/2} A||_2: with W =
+      V cov^{1/2}, C = ||W|| (4 sqrt(d) + 4 c sqrt(k) s L_N + 16 s^2 L_D + e sqrt(3/2) k s^2 (sqrt(d) + 2s) / log(2)^2),
+      where L_N^2 = 6 sqrt(3) d e^{-2} delta^{-2 - k/2} e^{2 s^2/(1 - 2 delta)} and
+      L_D^2 = 2 e^{-1} delta^{-1 - k/2} e^{2 s^2/(1 - 2 delta)}, for the best delta in (0, 1/2).
+
+    Reported without constants as Theorem 3.4 of Bohbot, Letrouit, Peyré and Vialard (ICML 2026); constants and
+    derivation are this book's.
+
+    Parameters
+    ----------
+    radius : radius of the ball of queries.
+    A : (d, d), bilinear form with logit <A x, y>.
+    support : radius of a ball around the mean that holds all tokens.
+    spread : root mean square distance of a token from the mean; default `support`.
+    cov : (d, d), sub-Gaussian matrix of centred tokens (for Gaussian tokens, their covariance).
+    V : (d_v, d), value matrix; None for the identity.
+
+    Returns
+    -------
+    float, infinite where the exponential overflows
+
+    Raises
+    ------
+    ValueError
+        If not exactly one of `support` and `cov` is given, a number is not positive, or shapes do not match.
+    """
+    radius = as_positive("radius", radius)
+    A = as_tensor("A", A, ndim=2).double()
+    dim = A.shape[1]
+    A = as_square("A", A, dim)
+    V = torch.eye(dim, dtype=A.dtype) if V is None else as_matrix("V", V, columns=dim).double()
+    if (support is None) == (cov is None):
+        raise ValueError("support: expected exactly one of support and cov, got " + ("none" if cov is None else "both"))
+    if support is not None:
+        rho = as_positive("support", support)
+        spread = rho if spread is None else as_positive("spread", spread)
+        tilt = radius * torch.linalg.matrix_norm(A, 2).item()
+        rank = torch.linalg.matrix_rank(A).item()
+        chain = _CHAINING * math.sqrt(rank) + 2
+        return 2 * torch.linalg.matrix_norm(V, 2).item() * spread * (1 + chain * tilt * rho * _exp(tilt * rho))
+    if spread is not None:
+        raise ValueError(f"spread: expected None where cov is given, got {spread}")
+    half = root(cov).double()
+    A = half @ as_square("A", A, len(half))
+    load = radius * torch.linalg.matrix_norm(A, 2).item()
+    rank = torch.linalg.matrix_rank(A).item()
+    best = min(_subgaussian(load, dim, rank, i / 1000) for i in range(1, 500))
+    return torch.linalg.matrix_norm(V @ half, 2).item() * best
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
+
+
+def _subgaussian(s: float, dim: int, rank: int, delta: float) -> float:
+    """The constant of whitened sub-Gaussian tokens for one delta; see `uniform_constant`."""
+    growth = _exp(s**2 / (1 - 2 * delta) - (1 + rank / 4) * math.log(delta))
+    numerator = math.sqrt(6 * math.sqrt(3) * dim) / math.e * growth
+    denominator = math.sqrt(2 / math.e * delta) * growth
+    rare = math.e * math.sqrt(1.5) / math.log(2) ** 2 * rank * s**2 * (math.sqrt(dim) + 2 * s)
+    chained = _CHAINING * math.sqrt(rank) * s * numerator if s else 0.0
+    return 4 * (math.sqrt(dim) + chained) + 16 * s**2 * denominator + rare
