@@ -78,8 +78,8 @@ def gaussian_moments(device) -> tuple[pd.DataFrame, dict]:
     """
     horizons = [0.01, 0.03, 0.1, 0.2, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0]
     runs = {
-        1: {"lengths": [100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000], "replicates": 200},
-        8: {"lengths": [100, 200, 500, 1000, 2000, 5000, 10_000, 30_000], "replicates": 20},
+        1: {"lengths": [100, 300, 1000, 3000, 10_000, 30_000, 100_000], "replicates": 400},
+        8: {"lengths": [100, 300, 1000, 3000, 10_000, 30_000], "replicates": 24},
     }
     tables = []
     for dim, run in runs.items():
@@ -93,7 +93,7 @@ def gaussian_moments(device) -> tuple[pd.DataFrame, dict]:
         tables.append(table)
     described = {str(dim): run for dim, run in runs.items()}
     config = {"horizons": horizons, "runs": described, "seed": SEED}
-    return pd.concat(tables, ignore_index=True), {"config": config, "replicates": "200 (d = 1) and 20 (d = 8)"}
+    return pd.concat(tables, ignore_index=True), {"config": config, "replicates": "400 (d = 1) and 24 (d = 8)"}
 
 
 EXPERIMENTS: dict[str, Callable[[torch.device], tuple[pd.DataFrame, dict]]] = {
