@@ -11,9 +11,10 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from tokcx_lib import probe
+from tokcx_lib import probe, sweeps
 from tokcx_lib.corpora import open_corpus
 from tokcx_lib.heads import EMBEDDED, heads, load_model, tokenize
+from tokcx_lib.laws import Gaussian
 
 CONTEXT = 256  # tokens the model reads at once, two of them special
 LENGTHS = [250, 500, 1000, 2000, 4000, 8000, 15_000, 30_000]
@@ -69,7 +70,34 @@ def real_heads_layer0(device) -> tuple[pd.DataFrame, dict]:
     return pd.concat(tables, ignore_index=True), meta
 
 
+def gaussian_moments(device) -> tuple[pd.DataFrame, dict]:
+    """Errors of the moments of self-attention of standard normal tokens, V = I, over horizons, in d = 1 and d = 8.
+
+    d = 1: A = H, in float64. d = 8: A is H times `power_law_form(8)`, in float32, with fewer tokens and replicates.
+    All horizons of a replicate see the same tokens.
+    """
+    horizons = [0.01, 0.03, 0.1, 0.2, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0]
+    runs = {
+        1: {"lengths": [100, 300, 1000, 3000, 10_000, 30_000, 100_000], "replicates": 400},
+        8: {"lengths": [100, 300, 1000, 3000, 10_000, 30_000], "replicates": 24},
+    }
+    tables = []
+    for dim, run in runs.items():
+        law = Gaussian(torch.eye(dim, dtype=torch.float64))
+        form = law.cov if dim == 1 else sweeps.power_law_form(dim)
+        precision = torch.float64 if dim == 1 else torch.float32
+        table = sweeps.horizon_sweep(
+            law, form, None, horizons, **run, seed=SEED + dim, dtype=precision, device=device
+        ).rename(columns={"scale": "horizon"})
+        table.insert(0, "dim", dim)
+        tables.append(table)
+    described = {str(dim): run for dim, run in runs.items()}
+    config = {"horizons": horizons, "runs": described, "seed": SEED}
+    return pd.concat(tables, ignore_index=True), {"config": config, "replicates": "400 (d = 1) and 24 (d = 8)"}
+
+
 EXPERIMENTS: dict[str, Callable[[torch.device], tuple[pd.DataFrame, dict]]] = {
+    "gaussian_moments": gaussian_moments,
     "real_heads_geometry": real_heads_geometry,
     "real_heads_layer0": real_heads_layer0,
 }

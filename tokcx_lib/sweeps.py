@@ -1,14 +1,15 @@
-"""Monte Carlo over the number of tokens: errors of attention at fixed queries, and its largest error over a ball.
+"""Monte Carlo over n: errors of attention over n tokens drawn from a law whose limit is known.
 
-Every replicate draws its tokens from a stream of its own, ``runtime.stream(seed, replicate)``, and its errors at
-different n belong to prefixes of that draw: any subset of replicates can be run again alone and gives the same rows.
-Tables have one row per replicate, n and setting, as `fits.fit_slope` wants them.
+A replicate is one draw of the longest sample. Its prefixes give the errors at every n, so they share tokens, and fits
+resample whole replicates. Replicate r draws from its own stream, `runtime.stream(seed, r)`: any subset of replicates
+can be run again alone, with the same numbers. Draws are made on the CPU in float64, and then moved. Tables have one
+row per replicate, n and setting, as `fits.fit_slope` wants them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pandas as pd
@@ -18,15 +19,20 @@ from tqdm import tqdm
 
 from tokcx_lib import runtime
 from tokcx_lib.attention import attention_map
-from tokcx_lib.laws import Law
-from tokcx_lib.validation import as_count, as_lengths, as_matrix, as_positive, as_square, as_tokens, as_vectors
+from tokcx_lib.laws import Gaussian, Law
+from tokcx_lib.streaming import Moments, prefix_states, self_attention_moments
+from tokcx_lib.validation import (
+    as_count,
+    as_lengths,
+    as_matrix,
+    as_positive,
+    as_square,
+    as_tensor,
+    as_tokens,
+    as_vectors,
+)
 
-
-def _replicates(value: int | Iterable[int]) -> list[int]:
-    """Numbers of the replicates to run: the first `value` of them, or those listed."""
-    if isinstance(value, Iterable):
-        return [as_count("replicates", r, least=0) for r in value]
-    return list(range(as_count("replicates", value)))
+MESH = 0.15  # step of the table of a scalar map, in units of 1 / (largest token - smallest token)
 
 
 @contextmanager
@@ -65,7 +71,7 @@ def pointwise_sweep(
     queries = as_tokens("queries", queries, law.dim)
     lengths = as_lengths("lengths", lengths, most=2**62)
     limit = attention_map(law, queries, A, V)
-    chosen = _replicates(replicates)
+    chosen = _numbers(replicates)
     gaps = []
     for replicate in tqdm(chosen, desc="replicates", leave=False):
         tokens = law.sample(lengths[-1], runtime.stream(seed, replicate))
@@ -200,7 +206,7 @@ def uniform_sweep(
     radii = [as_positive("radii", radius) for radius in radii]
     lengths = as_lengths("lengths", lengths, most=2**62)
     rows = []
-    for replicate in tqdm(_replicates(replicates), desc="replicates", leave=False):
+    for replicate in tqdm(_numbers(replicates), desc="replicates", leave=False):
         tokens = law.sample(lengths[-1], runtime.stream(seed, replicate))
         for n in lengths:
             for radius in radii:
@@ -208,3 +214,191 @@ def uniform_sweep(
                 depth = torch.linalg.vector_norm(query).item() / radius
                 rows.append({"replicate": replicate, "n": n, "radius": radius, "error": error, "depth": depth})
     return pd.DataFrame(rows)
+
+
+def gaussian_limit(law: Gaussian, A, V=None) -> Moments:
+    """Mean (d_v,) and covariance (d_v, d_v) of V grad K(AX) for Gaussian tokens X ~ law, in closed form.
+
+    The map is V (mean + cov A x), so m = V (mean + cov A mean) and C = V cov A cov A' cov V' (chapter 1).
+
+    Raises
+    ------
+    ValueError
+        If the law is not Gaussian, or A or V does not match it.
+    """
+    if not isinstance(law, Gaussian):
+        raise ValueError(f"limit: only Gaussian tokens have one in closed form here; give it for {type(law).__name__}")
+    matrix = law.cov.double() @ as_square("A", A, law.dim).double()
+    mean = law.mean.double() + matrix @ law.mean.double()
+    if V is not None:
+        V = as_matrix("V", V, columns=law.dim).double()
+        matrix, mean = V @ matrix, V @ mean
+    return Moments(mean, matrix @ law.cov.double() @ matrix.mT)
+
+
+def power_law_form(dim: int, seed: int = 0) -> Tensor:
+    """A bilinear form (dim, dim) with singular values 1, 1/2, ..., 1/dim in two random bases, float64.
+
+    For tokens of covariance I its horizon is 1, and its queries differ in load.
+    """
+    stream = runtime.generator(seed)
+    shape = (2, as_count("dim", dim), dim)
+    bases, upper = torch.linalg.qr(torch.randn(shape, generator=stream, dtype=torch.float64))
+    left, right = bases * upper.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]  # one sign on every machine
+    return left / torch.arange(1, dim + 1) @ right.mT
+
+
+def moment_sweep(
+    law: Law,
+    A,
+    V,
+    lengths: Sequence[int],
+    replicates: int | Iterable[int],
+    seed: int = 0,
+    limit: Moments | None = None,
+    dtype: torch.dtype = torch.float64,
+    device=None,
+) -> pd.DataFrame:
+    """Errors of the moments of self-attention over the first n of i.i.d. tokens, for every n in `lengths`.
+
+    Parameters
+    ----------
+    law : of tokens in R^d; A : (d, d), logit <A x, y>; V : (d_v, d) or None for the identity.
+    lengths : increasing integers.
+    replicates : how many, or the numbers of those to run.
+    limit : mean (d_v,) and covariance (d_v, d_v) of V grad K(AX); computed if the law is Gaussian.
+    dtype : precision of attention; the work grows like replicates x n^2.
+
+    Returns
+    -------
+    DataFrame
+        replicate, n, mean_error = ||m_n - m||_2 and cov_error = ||C_n - C||_F (covariances have divisor n).
+
+    Raises
+    ------
+    ValueError
+        If shapes do not match, lengths do not increase, a replicate is not an integer >= 0, or the limit is missing.
+    """
+    limit = gaussian_limit(law, A, V) if limit is None else limit
+
+    def moments(tokens: Tensor) -> list[Moments]:
+        return [self_attention_moments(tokens, A, V, lengths)]
+
+    table = _sweep(law, moments, [_as_limit(limit, law.dim, V)], [1.0], lengths, replicates, seed, dtype, device)
+    return table.drop(columns="scale")
+
+
+def horizon_sweep(
+    law: Law,
+    A,
+    V,
+    scales: Sequence[float],
+    lengths: Sequence[int],
+    replicates: int | Iterable[int],
+    seed: int = 0,
+    limit: Callable[[Tensor], Moments] | None = None,
+    dtype: torch.dtype = torch.float64,
+    device=None,
+) -> pd.DataFrame:
+    """`moment_sweep` for A multiplied by each of `scales`: the same tokens seen by heads of growing horizon.
+
+    In one dimension the tilts of all queries at all scales lie on one line, and so one table of the map over that
+    line serves them all: the work grows like n times the largest horizon, not like n^2. Between the points of the
+    table the map is a cubic with the right values and slopes; it is off by less than 1e-6 of the range of the tokens.
+
+    Parameters
+    ----------
+    scales : positive numbers, different from each other.
+    limit : for a law that is not Gaussian, a function that returns the limit for a bilinear form.
+
+    Others, and errors, as for `moment_sweep`.
+
+    Returns
+    -------
+    DataFrame
+        As `moment_sweep`, with a first column, scale.
+    """
+    scales = [as_positive("scales", scale) for scale in scales]
+    if not scales or len(set(scales)) < len(scales):
+        raise ValueError(f"scales: expected positive numbers, each given once, got {scales}")
+    A = as_square("A", A, law.dim)
+    find = limit or (lambda form: gaussian_limit(law, form, V))
+    limits = [_as_limit(find(scale * A), law.dim, V) for scale in scales]
+
+    def moments(tokens: Tensor) -> list[Moments]:
+        if law.dim > 1:
+            return [self_attention_moments(tokens, scale * A, V, lengths) for scale in scales]
+        return _scalar_moments(tokens, [scale * A.item() for scale in scales], V, lengths)
+
+    return _sweep(law, moments, limits, scales, lengths, replicates, seed, dtype, device)
+
+
+def _as_limit(limit, dim: int, V) -> Moments:
+    """A limit (mean, cov) of the right shapes, in float64."""
+    d_v = dim if V is None else as_matrix("V", V, columns=dim).shape[0]
+    mean, cov = (as_tensor("limit", part).double() for part in limit)
+    if mean.shape != (d_v,) or cov.shape != (d_v, d_v):
+        raise ValueError(
+            f"limit: expected shapes {(d_v,)} and {(d_v, d_v)}, got {tuple(mean.shape)} and {tuple(cov.shape)}"
+        )
+    return Moments(mean, cov)
+
+
+def _numbers(replicates: int | Iterable[int]) -> list[int]:
+    """Numbers of the replicates to run."""
+    if isinstance(replicates, Iterable):
+        numbers = [as_count("replicates", r, least=0) for r in replicates]
+        if not numbers or len(set(numbers)) < len(numbers):
+            raise ValueError(f"replicates: expected different numbers, at least one, got {numbers}")
+        return numbers
+    return list(range(as_count("replicates", replicates)))
+
+
+def _sweep(law, moments, limits, scales, lengths, replicates, seed, dtype, device) -> pd.DataFrame:
+    """One row a scale, replicate and n: distances of `moments(tokens)`, one for each scale, from their limits."""
+    place = runtime.device(device)
+    lengths = as_lengths("lengths", lengths, most=2**62)
+    rows = []
+    for replicate in tqdm(_numbers(replicates), desc="replicates", leave=False):
+        tokens = law.sample(lengths[-1], runtime.stream(seed, replicate)).to(place, dtype)
+        for scale, limit, found in zip(scales, limits, moments(tokens)):
+            mean_error = torch.linalg.vector_norm(found.mean.cpu() - limit.mean, dim=-1)
+            cov_error = torch.linalg.matrix_norm(found.cov.cpu() - limit.cov)
+            for row in zip(lengths, mean_error.tolist(), cov_error.tolist()):
+                rows.append((scale, replicate, *row))
+    table = pd.DataFrame(rows, columns=["scale", "replicate", "n", "mean_error", "cov_error"])
+    return table.sort_values(["scale", "replicate", "n"], ignore_index=True)
+
+
+def _scalar_moments(tokens: Tensor, slopes: Sequence[float], V, lengths: Sequence[int]) -> list[Moments]:
+    """Moments of scalar self-attention, values V y, for logits a x y with each slope a."""
+    y = as_tokens("tokens", tokens, dim=1)[:, 0]
+    width = (y.max() - y.min()).clamp(min=torch.finfo(y.dtype).tiny)
+    reach = (max(abs(a) for a in slopes) * y.abs().max()).clamp(min=torch.finfo(y.dtype).tiny)
+    count = int((2 * reach * width / MESH).ceil().item()) + 2
+    if count > len(y) * len(slopes):  # the queries themselves are fewer than the points of a table
+        return [self_attention_moments(tokens, [[a]], V, lengths) for a in slopes]
+    grid = torch.linspace(-reach.item(), reach.item(), count, dtype=y.dtype, device=y.device)
+    step = grid[1] - grid[0]
+    # Tilted first and second moments of the tokens; the variance is the slope of the map.
+    pairs = torch.stack([y, y * y], -1)
+    values = V if V is None else as_matrix("V", V, columns=1).double()
+    found: list[list[Moments]] = [[] for _ in slopes]
+    for n, state in zip(lengths, prefix_states(grid[:, None], y[:, None], pairs, lengths)):
+        first, second = state.output.unbind(-1)
+        rise = (second - first**2) * step
+        for a, moments in zip(slopes, found):
+            place = (a * y[:n] + reach) / step
+            left = place.long().clamp(0, count - 2)
+            output = _cubic(place - left, first[left], first[left + 1], rise[left], rise[left + 1]).double()
+            mean, cov = output.mean()[None], output.var(correction=0)[None, None]
+            if values is not None:
+                mean, cov = values.to(mean) @ mean, values.to(cov) @ cov @ values.to(cov).mT
+            moments.append(Moments(mean, cov))
+    return [Moments(*(torch.stack(parts) for parts in zip(*moments))) for moments in found]
+
+
+def _cubic(u: Tensor, start: Tensor, end: Tensor, rise_start: Tensor, rise_end: Tensor) -> Tensor:
+    """Cubic on [0, 1] with the given values and slopes at its ends (Hermite)."""
+    jump = end - start
+    return start + u * (rise_start + u * (3 * jump - 2 * rise_start - rise_end + u * (rise_start + rise_end - 2 * jump)))
