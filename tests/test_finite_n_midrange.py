@@ -115,6 +115,44 @@ def test_self_attention_joins_fresh_queries():
     assert finite_n.expected_abs_hardmax(50, sigma=2.0) == pytest.approx(2 * finite_n.expected_abs_hardmax(50))
 
 
+# ------------------------------------------------- any dimension, fresh queries
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 8])
+def test_square_closed_forms(dim):
+    """One token is its own mean; two tokens report their midpoint."""
+    assert finite_n.expected_square_hardmax(1, dim) == pytest.approx(dim, rel=1e-4)
+    assert finite_n.expected_square_hardmax(2, dim) == pytest.approx(dim / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("n", [3, 10, 1e3, 1e6, 1e12, 1e30])
+def test_square_in_one_dimension_is_that_of_the_midrange(n):
+    square = 4 * quad(lambda m: m * float(finite_n.midrange_cdf(n, -m)), 0, 6, points=[0.1, 0.5], limit=100)[0]
+    assert finite_n.expected_square_hardmax(n, 1) == pytest.approx(square, rel=1e-4)
+
+
+@pytest.mark.parametrize("n, dim, replicates", [(3, 2, 4000), (50, 2, 2000), (10**6, 2, 1000), (4, 8, 2000), (300, 8, 400)])
+def test_square_against_simulation(n, dim, replicates):
+    stream, drawn = runtime.stream(15, n, dim), []
+    for _ in range(replicates):
+        tokens = extremes.outer_tokens(n, dim, min(n, 1000), stream)
+        if dim == 2:
+            drawn.append(extremes.steiner_point(tokens).square().sum())
+        else:
+            drawn.append(extremes.steiner_estimate(tokens, 32, stream) @ extremes.steiner_estimate(tokens, 32, stream))
+    drawn = torch.stack(drawn)
+    error = drawn.std() / replicates**0.5
+    assert abs(drawn.mean() - finite_n.expected_square_hardmax(n, dim)) < 4 * error
+
+
+def test_square_has_its_power_of_log_n():
+    """The mean square falls like (2 ln n)^{-(d + 1) / 2}; in one dimension with the constant pi^2 / 12."""
+    for dim in (1, 2, 3):
+        first, last = (finite_n.expected_square_hardmax(n, dim) for n in (1e100, 1e300))
+        assert math.log(first / last) / math.log(3) == pytest.approx((dim + 1) / 2, abs=0.02)
+    assert last > 0
+    assert finite_n.expected_square_hardmax(1e300, 1) * 2 * math.log(1e300) == pytest.approx(math.pi**2 / 12, rel=5e-3)
+
+
 # ------------------------------------------------------------- extremes
 
 @pytest.mark.parametrize("n", [2, 3, 50])
@@ -196,6 +234,8 @@ def test_steiner_estimate_is_unbiased():
         (lambda: finite_n.expected_abs_hardmax(2.5), "n"),
         (lambda: finite_n.expected_abs_hardmax(0), "n"),
         (lambda: finite_n.expected_abs_hardmax(5, sigma=math.inf), "sigma"),
+        (lambda: finite_n.expected_square_hardmax(0, 2), "n"),
+        (lambda: finite_n.expected_square_hardmax(5, 0), "dim"),
         (lambda: extremes.sample_extremes(1, 5), "n"),
         (lambda: extremes.sample_extremes(5, 0), "replicates"),
         (lambda: extremes.outer_tokens(5, 2, 6), "n"),

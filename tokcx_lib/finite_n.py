@@ -1,4 +1,4 @@
-"""Exact laws at a finite number of tokens: the midrange, that is, the mean of hardmax attention in one dimension.
+"""Exact laws at a finite number of tokens: the mean of hardmax attention (in one dimension, the midrange).
 
 With scalar tokens and a horizon that grows without bound, a query picks the largest token if it is positive and the
 smallest if it is negative (`attention.hardmax_map`). The mean of what n tokens N(0, sigma^2) report is then
@@ -6,19 +6,21 @@ smallest if it is negative (`attention.hardmax_map`). The mean of what n tokens 
 * for **fresh queries**, half of the law on each side: the midrange M = (max + min) / 2;
 * for **self-attention**, where the queries are the tokens, n_+ of them positive: (n_+ max + n_- min) / n.
 
-Both tend to zero like sigma ln 4 / (2 sqrt(2 ln n)) (`rates.hardmax_mean`). Here are their laws at any n. F, f and
+Both tend to zero like sigma ln 4 / (2 sqrt(2 ln n)) (`rates.hardmax_mean`). Here are their laws at any n, and, for fresh
+queries, the mean square in any dimension. F, f and
 Q = 1 - F are the distribution function, density and tail of N(0, 1). Derivations: chapter 4.
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 from scipy.integrate import quad
 from scipy.special import gammaln, log_ndtr, ndtr, ndtri_exp
 
-from tokcx_lib.validation import as_positive
+from tokcx_lib.validation import as_count, as_positive
 
 _PANEL = 0.025  # distribution functions of extremes rise over about 1/sqrt(2 ln n): panels that follow this to n = 10^300
 _SUM_ALL = 2_000  # up to this n, self-attention sums over every number of positive tokens
@@ -140,3 +142,70 @@ def expected_abs_hardmax(n: int, sigma: float = 1.0) -> float:
 
     plus, minus = below(k), below(n - k)
     return sigma * float(weight @ ((plus + minus - 2 * plus * minus) @ dr))
+
+
+def expected_square_hardmax(n: float, dim: int) -> float:
+    """E|mean of hardmax attention|^2 over n tokens N(0, I) in R^dim, A = V = I, fresh queries of uniform direction.
+
+    It is dim times the probability that one token is furthest in two directions, whose angle theta has the density
+    proportional to sin^dim theta. In one dimension it is E M^2 for the midrange M.
+
+    Parameters
+    ----------
+    n : number of tokens, any real n >= 1 (10^100 works); dim : dimension, at least 1.
+
+    Returns
+    -------
+    float, to about 1e-4 of its value for dimensions up to 20
+
+    Raises
+    ------
+    ValueError
+        If n is not a finite number >= 1 or dim not an integer >= 1.
+
+    Source: chapter 4.
+    """
+    n, dim = _as_number_of_tokens(n), as_count("dim", dim)
+    theta, weight, same = _same_token(n)
+    log_constant = gammaln(dim / 2 + 1) - gammaln((dim + 1) / 2) - math.log(math.pi) / 2
+    return dim * float((weight * np.exp(dim * np.log(np.sin(theta)) + log_constant)) @ same)
+
+
+def _panels(cuts) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights of 12-point Gauss-Legendre quadrature between successive cuts."""
+    nodes, weights = np.polynomial.legendre.leggauss(12)
+    half = np.diff(cuts)[:, None] / 2
+    return (np.asarray(cuts)[:-1, None] + half * (nodes + 1)).reshape(-1), (half * weights).reshape(-1)
+
+
+@lru_cache(maxsize=256)
+def _same_token(n: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Angles, their quadrature weights, and P(one of n tokens is furthest in two directions at that angle).
+
+    That is n E(1 - m)^(n - 1) over a token with coordinates a, b along the directions, m = P(Y > b or X > a) for
+    another. Given a, b = a cos + t sin with t standard normal; m = Q(a) + P(Y > b, X <= a) has no cancellation.
+    """
+    log_n = math.log(n)
+    level = math.sqrt(2 * max(log_n, 1.0))
+    angles = [0.0, *(x / level for x in (0.5, 1.5, 3, 6, 12, 24) if x / level < math.pi), math.pi]
+    theta, theta_weight = _panels(angles)
+    log_count, weight = _panels([cut for cut in (-25.0, -8.0, -3.0, 0.0) if cut < log_n] + [min(log_n, 4.5)])
+    a, a_weight = -ndtri_exp(log_count - log_n), weight * np.exp(log_count)  # n f(a) da
+    t, t_weight = _panels([-9.0, -4.0, -1.5, 0.0, 1.5, 4.0, 9.0])
+    t_weight = t_weight * np.exp(-(t**2) / 2) / math.sqrt(2 * math.pi)
+    share, share_weight = _panels([0.0, 0.02, 0.2, 0.6, 1.0])
+    same = np.empty_like(theta)
+    for i, (cos, sin) in enumerate(zip(np.cos(theta), np.sin(theta))):
+        b = cos * a[:, None] + sin * t
+        log_above = log_ndtr(-b)
+        matters = log_above + log_n < math.log(100)  # elsewhere (1 - m)^(n - 1) is nothing
+        if n < 1000:
+            matters[:] = True
+        x = np.broadcast_to(a[:, None], b.shape)[matters]
+        y = -ndtri_exp(log_above[matters][:, None] + np.log(share))  # quantiles of Y given Y > b
+        beside = np.exp(log_above[matters]) * (ndtr((x[:, None] - cos * y) / sin) @ share_weight)
+        outside = np.minimum(ndtr(-x) + beside, 1 - 1e-16)
+        power = np.zeros_like(b)
+        power[matters] = np.exp((n - 1) * np.log1p(-outside))
+        same[i] = a_weight @ power @ t_weight
+    return theta, theta_weight, same
