@@ -50,11 +50,12 @@ def token_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (cov + cov.mT) / 2
 
 
-def head_geometry(head: Head, x: Tensor, cov: Tensor) -> dict[str, float]:
+def head_geometry(head: Head, x: Tensor, cov: Tensor, half: Tensor | None = None) -> dict[str, float]:
     """Reach, H, H_1, Psi, Psi_1, the median and 95% load, and the scale of the values of a head.
 
-    Tokens are (n, d), with centred covariance (d, d). The values V y of single tokens have covariance V Sigma V';
-    `value_spread` is the root of its trace, `value_cov` its Frobenius norm: natural units for errors of moments.
+    Tokens are (n, d), with centred covariance (d, d) and its root `half` (d, d), if it is at hand. The values V y of
+    single tokens have covariance V Sigma V'; `value_spread` is the root of its trace, `value_cov` its Frobenius norm:
+    natural units for errors of moments.
 
     The load of a token that is not centred is ||Sigma^{1/2}(A x + shift)||: the mean of the keys cancels in softmax,
     that of the queries acts like a shift (chapter 1).
@@ -63,7 +64,7 @@ def head_geometry(head: Head, x: Tensor, cov: Tensor) -> dict[str, float]:
     loads = geometry.load(x.double(), A, cov, shift=head.shift)
     values = head.V @ cov @ head.V.mT
     # The definitions of `geometry`, with one decomposition of the covariance for all of them.
-    half = geometry.root(cov)
+    half = geometry.root(cov) if half is None else half
     reach = torch.linalg.matrix_norm(half, 2).item() ** 2
     two, one = (torch.linalg.matrix_norm(B, 2).item() for B in (half @ A @ half, half @ A))
     return {
@@ -120,9 +121,10 @@ def probe(
         x = inputs[head.layer]
         if head.head == 0:  # the heads of a layer share its tokens
             _, cov = token_moments(x)
+            half = geometry.root(cov)
         q, k, _ = head.project(x)
         effective = effective_tokens(q[asked], k[order], lengths).median(-1).values
-        row = {"layer": head.layer, "head": head.head, **head_geometry(head, x[asked], cov)}
+        row = {"layer": head.layer, "head": head.head, **head_geometry(head, x[asked], cov, half)}
         rows.append({**row, **{f"effective_{n}": e.item() for n, e in zip(lengths, effective)}})
     return pd.DataFrame(rows)
 
