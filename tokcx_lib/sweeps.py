@@ -405,7 +405,9 @@ class _Heads:
 
     def moments(self, tokens: Tensor) -> list[Moments]:
         if not self.tabulate:
-            return [self_attention_moments(tokens, scale * self.A, self.V, self.lengths) for scale in self.scales]
+            stack = torch.stack([scale * self.A for scale in self.scales])
+            mean, cov = self_attention_moments(tokens, stack, self.V, self.lengths)
+            return [Moments(mean[:, i], cov[:, i]) for i in range(len(stack))]
         return _scalar_moments(tokens, [scale * self.A.item() for scale in self.scales], self.V, self.lengths)
 
     def errors(self, replicate: int, seed: int, dtype, place) -> tuple[list[tuple], Tensor]:
@@ -413,16 +415,12 @@ class _Heads:
         tokens = self.law.sample(self.lengths[-1], runtime.stream(seed, replicate)).to(place, dtype)
         rows, second = [], []
         for scale, limit, found in zip(self.scales, self.limits, self.moments(tokens)):
-            mean, cov = found.mean.cpu(), found.cov.cpu()
-            mean_error = torch.linalg.vector_norm(mean - limit.mean, dim=-1)
-            cov_error = torch.linalg.matrix_norm(cov - limit.cov)
+            found = Moments(*(part.cpu() for part in found))
+            mean_error = torch.linalg.vector_norm(found.mean - limit.mean, dim=-1)
+            cov_error = torch.linalg.matrix_norm(found.cov - limit.cov)
             rows += [(scale, replicate, *row) for row in zip(self.lengths, mean_error.tolist(), cov_error.tolist())]
-            second.append(_second_moment(mean, cov) - _second_moment(*limit))
+            second.append(found.second_moment - limit.second_moment)
         return rows, torch.stack(second)
-
-
-def _second_moment(mean: Tensor, cov: Tensor) -> Tensor:
-    return cov + mean[..., :, None] * mean[..., None, :]
 
 
 def _sweep(heads: _Heads, replicates, seed, dtype, device) -> pd.DataFrame:
