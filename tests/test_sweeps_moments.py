@@ -165,7 +165,7 @@ def test_two_lengths_give_the_same_slope_both_ways():
     table = curve([0.4], 0.0)
     table["error"] *= np.random.default_rng(3).exponential(size=len(table))
     (local,) = fits.local_slopes(table, "error").itertuples()
-    assert (local.exponent, local.low, local.high) == pytest.approx(fits.fit_slope(table, "error"))
+    assert (local.exponent, local.low, local.high) == pytest.approx(fits.fit_slope(table, "error")[:3])
 
 
 @pytest.mark.parametrize(

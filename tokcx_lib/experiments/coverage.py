@@ -24,7 +24,7 @@ def running_means(lengths, replicates: int, generator) -> np.ndarray:
 
 
 def usual_interval(table: pd.DataFrame, error: str, level: float = 0.95) -> tuple[float, float]:
-    """The interval of a textbook regression of log mean error on log n, which takes the errors at all n as independent."""
+    """The interval of a textbook regression of log mean error on log n: it takes the errors at all n as independent."""
     mean = table.groupby("n")[error].mean()
     line = stats.linregress(np.log(mean.index), np.log(mean))
     margin = stats.t.ppf((1 + level) / 2, len(mean) - 2) * line.stderr
