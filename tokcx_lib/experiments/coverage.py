@@ -55,7 +55,8 @@ def interval_coverage(config: dict, device) -> Plan:
     Curves: a running mean of normal numbers, whose mean error is sqrt(2 / (pi n)) exactly; and self-attention of
     standard normal tokens in d = 1, A = H, errors of mean and variance. There the truth is the slope, over the same
     lengths, of the mean over all replicates of all *other* sweeps. A sweep's first replicates, as many as each of
-    `sizes` says, make the sweeps of fewer replicates. Columns `usual_low` and `usual_high`: `usual_interval`.
+    `sizes` says, make the sweeps of fewer replicates. Columns `usual_low` and `usual_high`: `usual_interval`; `covered`
+    and `usual_covered`: whether the intervals hold the truth.
     """
     lengths, sizes, count = config["lengths"], config["sizes"], config["sweeps"]
 
@@ -79,28 +80,14 @@ def interval_coverage(config: dict, device) -> Plan:
             others = (means.sum(0) - means) / (count - 1)
             slopes = -np.polyfit(np.log(lengths), np.log(others).T, 1)[0]
             truth.update({(name, sweep): slope for sweep, slope in enumerate(slopes.tolist())})
-        table["truth"] = [truth[key] for key in zip(table["curve"], table["sweep"])]
-        return table
+        known = pd.Series([truth[key] for key in zip(table["curve"], table["sweep"])])
+        return table.assign(
+            truth=known,
+            covered=known.between(table["low"], table["high"]),
+            usual_covered=known.between(table["usual_low"], table["usual_high"]),
+        ).sort_values(["curve", "size", "sweep"], ignore_index=True)
 
     return Plan([(sweep,) for sweep in range(count)], work, {}, finish)
-
-
-def coverage(table: pd.DataFrame) -> pd.DataFrame:
-    """Shares of the sweeps, by curve and size, whose interval holds the truth, the usual one too, and that look bent.
-
-    Returns
-    -------
-    DataFrame
-        curve, size, truth, covered, usual_covered, bent, width (median of the interval).
-    """
-    held = {
-        "truth": table["truth"],
-        "covered": (table["low"] <= table["truth"]) & (table["truth"] <= table["high"]),
-        "usual_covered": (table["usual_low"] <= table["truth"]) & (table["truth"] <= table["usual_high"]),
-        "bent": ~table["straight"].astype(bool),
-    }
-    groups = table.assign(**held, width=table["high"] - table["low"]).groupby(["curve", "size"], sort=False)
-    return groups.agg(**{name: (name, "mean") for name in held}, width=("width", "median")).reset_index()
 
 
 EXPERIMENTS = {
