@@ -257,6 +257,19 @@ def power_law_form(dim: int, seed: int = 0, decay: float = 1.0) -> Tensor:
     return left / torch.arange(1, dim + 1, dtype=torch.float64) ** decay @ right.mT
 
 
+def random_head(dim: int, seed: int) -> tuple[Tensor, Tensor]:
+    """A = W_K' W_Q / sqrt(dim) and V of a head whose three matrices have independent entries N(0, 1 / dim), float64.
+
+    Raises
+    ------
+    ValueError
+        If `dim` is not a positive integer.
+    """
+    shape = (3, as_count("dim", dim), dim)
+    query, key, value = torch.randn(shape, generator=runtime.stream(seed), dtype=torch.float64) / math.sqrt(dim)
+    return key.mT @ query / math.sqrt(dim), value
+
+
 def moment_sweep(
     law: Law,
     A,

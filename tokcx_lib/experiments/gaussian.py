@@ -47,17 +47,10 @@ def gaussian_moments(config: dict, device) -> Plan:
     return Plan(units, work, {"replicates": replicates}, finish)
 
 
-def random_head(dim: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A = W_K' W_Q / sqrt(dim) and V, of a head whose three matrices have independent entries N(0, 1 / dim), float64."""
-    stream = runtime.stream(seed)
-    query, key, value = torch.randn((3, dim, dim), generator=stream, dtype=torch.float64) / math.sqrt(dim)
-    return key.mT @ query / math.sqrt(dim), value
-
-
 def gaussian_horizon(config: dict, device) -> Plan:
     """Errors of the moments of self-attention of Gaussian tokens with covariance `variance` I, in d = 50, over scales.
 
-    The head is random (`random_head`); its logits are multiplied by each of `scales`, on the same tokens. The grid is
+    The head is random (`sweeps.random_head`); its logits are multiplied by each of `scales`, on the same tokens. The grid is
     that of Bohbot, Letrouit, Peyré and Vialard (ICML 2026); the limit is in closed form, where they sample it.
     Column `second_dot`: `sweeps.leave_one_out`, whose mean over replicates is the squared norm of the mean error of the
     second moment, without bias.
@@ -65,7 +58,7 @@ def gaussian_horizon(config: dict, device) -> Plan:
     dim, scales, lengths = config["dim"], config["scales"], config["lengths"]
     cov = config["variance"] * torch.eye(dim, dtype=torch.float64)
     law = Gaussian(cov)
-    A, V = random_head(dim, config["seed"])
+    A, V = sweeps.random_head(dim, config["seed"])
     upper = torch.triu_indices(dim, dim)
     # A symmetric matrix as a vector of the same norm: entries off the diagonal count twice.
     weight = torch.where(upper[0] == upper[1], 1.0, math.sqrt(2))
@@ -124,14 +117,14 @@ def _by_head(law, forms: dict, V, config: dict, replicate: int, seed: int, devic
 def gaussian_dimensions(config: dict, device) -> Plan:
     """Errors over dimensions, for whitened tokens and V = I, of two heads of equal horizons (chapter 5).
 
-    Head `random` is `random_head` divided by its horizon, so that its load grows with the dimension; head `1/k` is
+    Head `random` is `sweeps.random_head` divided by its horizon, so that its load grows with the dimension; head `1/k` is
     `sweeps.power_law_form`, whose load hardly does. In one dimension a head of horizon 1 is a sign: with the seed of the
     record `random` is 1 and `1/k` is -1. Small dimensions spread more and cost less: `factors` says how many
     times `replicates` each of them gets.
     """
 
     def work(dim: int, replicate: int) -> Part:
-        form = random_head(dim, config["seed"])[0]
+        form = sweeps.random_head(dim, config["seed"])[0]
         forms = {"random": form / torch.linalg.matrix_norm(form, 2), "1/k": sweeps.power_law_form(dim, config["seed"])}
         table = _by_head(_white(dim), forms, None, config, replicate, config["seed"] + dim, device)
         table.insert(0, "dim", dim)
@@ -193,12 +186,12 @@ def gaussian_reach(config: dict, device) -> Plan:
 def value_matrices(dim: int, seed: int) -> dict[str, torch.Tensor]:
     """Value matrices for the head `sweeps.power_law_form(dim, seed)`, whose leading key direction is u, float64.
 
-    ``identity``; ``random`` as in `random_head`; ``along``, which keeps the direction u only; ``across``, all but u.
+    ``identity``; ``random`` as in `sweeps.random_head`; ``along``, which keeps the direction u only; ``across``, all but u.
     """
     form = sweeps.power_law_form(dim, seed)
     u = torch.linalg.svd(form).U[:, 0]
     along, one = torch.outer(u, u), torch.eye(dim, dtype=torch.float64)
-    return {"identity": one, "random": random_head(dim, seed)[1], "along": along, "across": one - along}
+    return {"identity": one, "random": sweeps.random_head(dim, seed)[1], "along": along, "across": one - along}
 
 
 def gaussian_values(config: dict, device) -> Plan:
