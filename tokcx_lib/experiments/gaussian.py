@@ -275,6 +275,6 @@ EXPERIMENTS = {
         quick=QUICK,
     ),
     "gaussian_values": Experiment(
-        gaussian_values, ("replicate",), full={"dim": 50, **SMALL, "seed": 5_450}, quick=QUICK
+        gaussian_values, ("replicate",), full={"dim": 50, **SMALL, "replicates": 200, "seed": 5_450}, quick=QUICK
     ),
 }
