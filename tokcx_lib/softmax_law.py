@@ -292,14 +292,16 @@ def _bounded_averages(t: float, y: np.ndarray, weights: np.ndarray, log_n: float
     extent = abs(t) * np.abs(y).max()
     _node_count(extent)
     x = STEP * np.arange(math.floor(-(extent + log_n + _SPARE) / STEP), math.ceil((extent + 4.5) / STEP) + 1)
-    logit = t * y
-    e = np.exp(x[:, None] + logit)
+    u = x[:, None] + t * y
+    e = np.exp(np.minimum(u, 700.0))
     phi, rest = np.exp(-e) @ weights, -np.expm1(-e) @ weights
-    lift = logit - logit.max()
-    centre = np.sum(weights * y * np.exp(lift)) / np.sum(weights * np.exp(lift))
-    columns = [(1, np.stack([y**0, y, y - centre])), (2, np.stack([y**0, y**2, (y - centre) ** 2]))]
-    a, b = ((np.exp(-e) @ (weights * np.exp(k * lift) * part).T).T for k, part in columns)
-    return _Averages(x, _log_phi(phi, rest), a, x + logit.max(), b, 2 * (x + logit.max()))
+    tilted = weights * np.exp(t * y - (t * y).max())
+    centre = y @ tilted / tilted.sum()
+    top = np.minimum(u.max(1), 0.0)  # its factor is kept apart: e^{2u} would underflow
+    parts = []
+    for k, columns in ((1, (y**0, y, y - centre)), (2, (y**0, y**2, (y - centre) ** 2))):
+        parts.append((np.exp(k * (u - top[:, None]) - e) @ (weights * np.stack(columns)).T).T)
+    return _Averages(x, _log_phi(phi, rest), parts[0], top, parts[1], 2 * top)
 
 
 def _node_count(extent: float) -> int:
