@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, RobertaConfig, RobertaModel
 
-from tokcx_lib import cli, corpora, experiments, fits, geometry, heads, laws, probe, runtime
+from tokcx_lib import cli, corpora, fits, geometry, heads, laws, probe, runtime
+from tokcx_lib.experiments import real_heads
 
 SIZES = dict(
     vocab_size=120, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=16,
@@ -165,12 +166,18 @@ def test_moment_errors_can_be_rerun_alone_and_shrink(minilm):
 
 def test_the_experiments_of_the_records_run(minilm, monkeypatch):
     ids = torch.as_tensor(heads.tokenize(minilm, corpora.open_corpus("scipy-docs").text)[:3000])
-    monkeypatch.setattr(experiments, "_wikitext", lambda model: (ids, {"text": "sha"}))
-    for name, value in {"REFERENCE": 1000, "LENGTHS": [100, 300], "REPLICATES": 2}.items():
-        monkeypatch.setattr(experiments, name, value)
-    table, meta = experiments.real_heads_layer0("cpu")
-    assert len(table) == 12 * 2 * 2 and set(meta["heads"]) == {str(h) for h in range(12)}
-    assert all(0 < about["mean_floor"] for about in meta["heads"].values())
+    monkeypatch.setattr(real_heads, "_wikitext", lambda model: (ids, {"text": "sha"}))
+    config = {"lengths": [100, 300], "replicates": 2, "reference": 1000, "pool": 1500, "seed": 1}
+    plan = real_heads.real_heads_layer0(config, "cpu")
+    assert plan.units == [(head,) for head in range(12)] and plan.meta["texts"] == {"text": "sha"}
+    parts = [plan.work(*unit) for unit in plan.units[:2]]
+    assert all(len(part.table) == 2 * 2 and part.arrays["mean_floor"] > 0 for part in parts)
+    assert plan.summary([part.arrays for part in parts])["heads"]["1"]["cov_scale"] > 0
+    plan = real_heads.real_heads_geometry({"tokens": 1500, "queries": 64, "seed": 1}, "cpu")
+    assert plan.units == [(layer,) for layer in range(6)]
+    both = probe.probe(minilm, ids, [3, 5], tokens=1500, queries=64, seed=1)
+    alone = pd.concat([plan.work(layer).table for layer in (3, 5)], ignore_index=True)
+    pd.testing.assert_frame_equal(both, alone)
 
 
 def test_slopes_of_known_power_laws():

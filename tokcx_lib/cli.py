@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 import tokcx_lib
+from tokcx_lib import runtime
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,6 +21,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"tokcx: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"tokcx: {error.strerror or error}: {error.filename or 'no file named'}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -42,12 +45,17 @@ def _parser() -> argparse.ArgumentParser:
 
     run = actions.add_parser("run", help="run a named experiment and keep its record")
     run.add_argument("name", help="the experiment")
+    run.add_argument("--profile", choices=runtime.PROFILES, help="quick or full (default: TOKCX_PROFILE or quick)")
     run.add_argument("--device", help="cpu, cuda, cuda:1 …")
-    run.add_argument("--out", type=Path, help="folder of the record (default: the book's)")
+    run.add_argument("--replicates", type=int, help="how many (default: those of the profile)")
+    run.add_argument("--resume", action="store_true", help="go on from the units that an earlier run left")
+    run.add_argument("--out", type=Path, help="folder of the record (default: the book's for full, quick-records for quick)")
     run.set_defaults(action=_run)
 
-    verify = actions.add_parser("verify", help="check a record against its checksum and schema")
+    verify = actions.add_parser("verify", help="check a record: its checksum, its schema, and some units run again")
     verify.add_argument("name", help="the record")
+    verify.add_argument("--device", help="cpu, cuda, cuda:1 …")
+    verify.add_argument("--seconds", type=float, default=60.0, help="time for units, roughly; 0: checksum only (default: 60)")
     verify.add_argument("--out", type=Path, help="folder of the record (default: the book's)")
     verify.set_defaults(action=_verify)
     return parser
@@ -99,22 +107,26 @@ def _draw(table, path: Path) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from tokcx_lib import records, runtime
+    from tokcx_lib import records, runs
     from tokcx_lib.experiments import EXPERIMENTS
 
     if options.name not in EXPERIMENTS:
         raise ValueError(f"experiment: expected one of {', '.join(EXPERIMENTS)}, got {options.name!r}")
-    device = runtime.device(options.device)
-    made = records.provenance(device)  # before the run: the commit is that of the code that ran
-    start = time.perf_counter()
-    table, meta = EXPERIMENTS[options.name](device)
-    seconds = round(time.perf_counter() - start, 1)
-    path = records.save(options.name, table, {**made, **meta, "wall_seconds": seconds}, options.out)
-    print(f"wrote {path}: {records.load(options.name, options.out)}")
+    profile = options.profile or runtime.profile()
+    # A quick run is not what the book's records are.
+    out = options.out or (records.folder() if profile == "full" else Path("quick-records"))
+    experiment = EXPERIMENTS[options.name]
+    path = runs.run(options.name, experiment, profile, options.device, options.replicates, options.resume, out)
+    if path is not None:
+        print(f"wrote {path}: {records.load(options.name, out)}")
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from tokcx_lib import records
+    from tokcx_lib import runs
+    from tokcx_lib.experiments import EXPERIMENTS
 
-    meta = records.verify(options.name, options.out)
+    experiment = EXPERIMENTS.get(options.name) if options.seconds > 0 else None
+    meta, units, difference = runs.verify(options.name, experiment, options.device, options.out, options.seconds)
     print(f"{options.name}: {meta['rows']} rows, sha256 {meta['sha256'][:12]} matches, device: {meta['device']}")
+    if units:
+        print(f"units {', '.join(map(str, units))} run again: no number differs by more than {difference:.1e} of the largest")

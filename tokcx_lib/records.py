@@ -126,18 +126,35 @@ def save(name: str, table: pandas.DataFrame, meta: dict, path=None) -> Path:
         raise ValueError(f"meta: expected values that JSON can hold, got {error}") from error
     target = folder(path)
     target.mkdir(parents=True, exist_ok=True)
+    write_whole(target / (name + suffix), content, target / (name + ".json"), described.encode())
     for other in {".csv", ".csv.gz"} - {suffix}:
         (target / (name + other)).unlink(missing_ok=True)
-    _write(target / (name + suffix), content)
-    _write(target / (name + ".json"), described.encode())
     return target / (name + suffix)
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all: a reader never sees half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+def write_whole(*paths_and_contents: Path | bytes) -> None:
+    """Write files, path and content by turns, whole or not at all: a reader never sees half of one.
+
+    All are on the disk before the first gets its name, so that a full disk leaves what was there as it was.
+
+    Raises
+    ------
+    OSError
+        If one of them cannot be written; no temporary file is left.
+    """
+    paths, contents = paths_and_contents[::2], paths_and_contents[1::2]
+    temporaries = [path.with_name(path.name + ".tmp") for path in paths]
+    try:
+        for temporary, content in zip(temporaries, contents, strict=True):
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for temporary, path in zip(temporaries, paths):
+            os.replace(temporary, path)
+    finally:
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
 
 
 def load(name: str, path=None) -> Record:

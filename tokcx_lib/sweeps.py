@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -279,12 +280,8 @@ def moment_sweep(
     ValueError
         If shapes do not match, lengths do not increase, a replicate is not an integer >= 0, or the limit is missing.
     """
-    limit = gaussian_limit(law, A, V) if limit is None else limit
-
-    def moments(tokens: Tensor) -> list[Moments]:
-        return [self_attention_moments(tokens, A, V, lengths)]
-
-    table = _sweep(law, moments, [_as_limit(limit, law.dim, V)], [1.0], lengths, replicates, seed, dtype, device)
+    find = None if limit is None else lambda form: limit
+    table = _sweep(_Heads(law, A, V, [1.0], lengths, find, tabulate=False), replicates, seed, dtype, device)
     return table.drop(columns="scale")
 
 
@@ -318,19 +315,54 @@ def horizon_sweep(
     DataFrame
         As `moment_sweep`, with a first column, scale.
     """
-    scales = [as_positive("scales", scale) for scale in scales]
-    if not scales or len(set(scales)) < len(scales):
-        raise ValueError(f"scales: expected positive numbers, each given once, got {scales}")
-    A = as_square("A", A, law.dim)
-    find = limit or (lambda form: gaussian_limit(law, form, V))
-    limits = [_as_limit(find(scale * A), law.dim, V) for scale in scales]
+    return _sweep(_Heads(law, A, V, scales, lengths, limit), replicates, seed, dtype, device)
 
-    def moments(tokens: Tensor) -> list[Moments]:
-        if law.dim > 1:
-            return [self_attention_moments(tokens, scale * A, V, lengths) for scale in scales]
-        return _scalar_moments(tokens, [scale * A.item() for scale in scales], V, lengths)
 
-    return _sweep(law, moments, limits, scales, lengths, replicates, seed, dtype, device)
+def horizon_errors(
+    law: Law,
+    A,
+    V,
+    scales: Sequence[float],
+    lengths: Sequence[int],
+    replicate: int,
+    seed: int = 0,
+    limit: Callable[[Tensor], Moments] | None = None,
+    dtype: torch.dtype = torch.float64,
+    device=None,
+) -> tuple[pd.DataFrame, Tensor]:
+    """One replicate of `horizon_sweep`, and its errors of the second moment.
+
+    Returns
+    -------
+    (table, errors)
+        The rows of `horizon_sweep` for this replicate, scale by scale, and (1/n) sum_i Gamma_n(x_i) Gamma_n(x_i)' minus
+        its limit, shape (scales, lengths, d_v, d_v), for `leave_one_out`.
+    """
+    heads = _Heads(law, A, V, scales, lengths, limit)
+    rows, second = heads.errors(as_count("replicate", replicate, least=0), seed, dtype, runtime.device(device))
+    return pd.DataFrame(rows, columns=_COLUMNS), second
+
+
+def leave_one_out(errors) -> np.ndarray:
+    """Inner product of every replicate's error with the mean error of the others, shape (replicates, ...).
+
+    The mean over replicates is the squared norm of the mean error, without bias (a U-statistic): the norm of a mean over
+    few replicates carries the noise of every entry, while errors of different replicates are independent.
+
+    Parameters
+    ----------
+    errors : (replicates, ..., entries), at least two replicates.
+
+    Raises
+    ------
+    ValueError
+        If there is only one replicate.
+    """
+    errors = np.asarray(errors)
+    if len(errors) < 2:
+        raise ValueError(f"errors: expected two or more replicates, got shape {errors.shape}")
+    total = errors.sum(0, dtype=np.float64)
+    return np.stack([(error * (total - error)).sum(-1) for error in errors]) / (len(errors) - 1)
 
 
 def _as_limit(limit, dim: int, V) -> Moments:
@@ -354,20 +386,52 @@ def _numbers(replicates: int | Iterable[int]) -> list[int]:
     return list(range(as_count("replicates", replicates)))
 
 
-def _sweep(law, moments, limits, scales, lengths, replicates, seed, dtype, device) -> pd.DataFrame:
-    """One row a scale, replicate and n: distances of `moments(tokens)`, one for each scale, from their limits."""
+_COLUMNS = ["scale", "replicate", "n", "mean_error", "cov_error"]
+
+
+class _Heads:
+    """Heads that differ in scale, on tokens of one law: limits, and the errors of a replicate."""
+
+    def __init__(self, law: Law, A, V, scales, lengths, limit, tabulate: bool = True):
+        self.law, self.V = law, V
+        self.tabulate = tabulate and law.dim == 1
+        self.scales = [as_positive("scales", scale) for scale in scales]
+        if not self.scales or len(set(self.scales)) < len(self.scales):
+            raise ValueError(f"scales: expected positive numbers, each given once, got {self.scales}")
+        self.A = as_square("A", A, law.dim)
+        self.lengths = as_lengths("lengths", lengths, most=2**62)
+        find = limit or (lambda form: gaussian_limit(law, form, V))
+        self.limits = [_as_limit(find(scale * self.A), law.dim, V) for scale in self.scales]
+
+    def moments(self, tokens: Tensor) -> list[Moments]:
+        if not self.tabulate:
+            return [self_attention_moments(tokens, scale * self.A, self.V, self.lengths) for scale in self.scales]
+        return _scalar_moments(tokens, [scale * self.A.item() for scale in self.scales], self.V, self.lengths)
+
+    def errors(self, replicate: int, seed: int, dtype, place) -> tuple[list[tuple], Tensor]:
+        """Rows of the table, and errors of the second moment (scales, lengths, d_v, d_v)."""
+        tokens = self.law.sample(self.lengths[-1], runtime.stream(seed, replicate)).to(place, dtype)
+        rows, second = [], []
+        for scale, limit, found in zip(self.scales, self.limits, self.moments(tokens)):
+            mean, cov = found.mean.cpu(), found.cov.cpu()
+            mean_error = torch.linalg.vector_norm(mean - limit.mean, dim=-1)
+            cov_error = torch.linalg.matrix_norm(cov - limit.cov)
+            rows += [(scale, replicate, *row) for row in zip(self.lengths, mean_error.tolist(), cov_error.tolist())]
+            second.append(_second_moment(mean, cov) - _second_moment(*limit))
+        return rows, torch.stack(second)
+
+
+def _second_moment(mean: Tensor, cov: Tensor) -> Tensor:
+    return cov + mean[..., :, None] * mean[..., None, :]
+
+
+def _sweep(heads: _Heads, replicates, seed, dtype, device) -> pd.DataFrame:
+    """One row a scale, replicate and n."""
     place = runtime.device(device)
-    lengths = as_lengths("lengths", lengths, most=2**62)
     rows = []
     for replicate in tqdm(_numbers(replicates), desc="replicates", leave=False):
-        tokens = law.sample(lengths[-1], runtime.stream(seed, replicate)).to(place, dtype)
-        for scale, limit, found in zip(scales, limits, moments(tokens)):
-            mean_error = torch.linalg.vector_norm(found.mean.cpu() - limit.mean, dim=-1)
-            cov_error = torch.linalg.matrix_norm(found.cov.cpu() - limit.cov)
-            for row in zip(lengths, mean_error.tolist(), cov_error.tolist()):
-                rows.append((scale, replicate, *row))
-    table = pd.DataFrame(rows, columns=["scale", "replicate", "n", "mean_error", "cov_error"])
-    return table.sort_values(["scale", "replicate", "n"], ignore_index=True)
+        rows += heads.errors(replicate, seed, dtype, place)[0]
+    return pd.DataFrame(rows, columns=_COLUMNS).sort_values(["scale", "replicate", "n"], ignore_index=True)
 
 
 def _scalar_moments(tokens: Tensor, slopes: Sequence[float], V, lengths: Sequence[int]) -> list[Moments]:

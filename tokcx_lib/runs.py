@@ -1,0 +1,305 @@
+"""Long runs in units: each is checkpointed as it ends, so that a run can be killed, resumed, extended and shared out.
+
+An experiment cuts its work into units, such as replicates or heads, each of which can be done alone, from its own seed
+(`Experiment`, `Plan`, `Part`). `run` does those that are missing and writes the record. Finished units lie in a folder
+NAME.parts beside it, one file each, written whole or not at all and carrying its own checksum; a run that was killed
+loses the unit in flight and nothing else, and the table of a resumed run is that of an uninterrupted one, byte for byte.
+Under ``torchrun`` the units are dealt out to the ranks, and the first one assembles the record.
+`verify` runs a few units again and compares them to a record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from tokcx_lib import distributed, records, runtime
+from tokcx_lib.validation import as_count
+
+BUDGET = 60.0  # seconds that `verify` spends on units, more or less
+MOST_UNITS = 5  # units that `verify` runs again at most
+
+
+class Part(NamedTuple):
+    """What one unit found.
+
+    `table` holds its rows, with the columns that name the unit; `arrays` what `Plan.finish` needs of it besides. They
+    are kept with the checkpoint, and do not go into the record.
+    """
+
+    table: pd.DataFrame
+    arrays: dict[str, np.ndarray] = {}
+
+
+class Plan(NamedTuple):
+    """A run that is ready to go: what its units share (limits, a model, a pool of tokens) has been made.
+
+    `units` names them, in the order of the table; `work(*unit)` does one; `meta` is what else to say in the record.
+    `finish`, where there is one, turns the rows of all units and their arrays, in order, into the table of the record;
+    `summary` turns the arrays into more of its meta data.
+    """
+
+    units: list[tuple[int, ...]]
+    work: Callable[..., Part]
+    meta: dict = {}
+    finish: Callable[[pd.DataFrame, list[dict[str, np.ndarray]]], pd.DataFrame] | None = None
+    summary: Callable[[list[dict[str, np.ndarray]]], dict] | None = None
+
+
+class Experiment(NamedTuple):
+    """A named run: `plan(config, device)` opens it, and the columns `keys` name its units.
+
+    `full` is its configuration at paper scale, JSON-able; `quick` what the quick profile changes in it. `tolerance` is
+    the difference, relative to the largest number of a column, that a unit may show when it is run again on another
+    machine.
+    """
+
+    plan: Callable[[dict, torch.device], Plan]
+    keys: tuple[str, ...]
+    full: dict
+    quick: dict
+    tolerance: float = 1e-4
+
+    def config(self, profile: str = "full", replicates: int | None = None) -> dict:
+        """The configuration of a profile, with another number of replicates if one is given.
+
+        Raises
+        ------
+        ValueError
+            If the profile is unknown, or the experiment's units are not replicates.
+        """
+        if profile not in runtime.PROFILES:
+            raise ValueError(f"profile: expected one of {', '.join(runtime.PROFILES)}, got {profile!r}")
+        config = {**self.full, **(self.quick if profile == "quick" else {})}
+        if replicates is not None:
+            if "replicates" not in config:
+                raise ValueError(f"replicates: this experiment has no number of replicates to set, got {replicates}")
+            config["replicates"] = as_count("replicates", replicates)
+        return json.loads(json.dumps(config))
+
+
+def run(
+    name: str,
+    experiment: Experiment,
+    profile: str = "full",
+    device=None,
+    replicates: int | None = None,
+    resume: bool = False,
+    path=None,
+) -> Path | None:
+    """Run an experiment, unit by unit, and write its record.
+
+    Parameters
+    ----------
+    name : of the record; profile : ``quick`` or ``full``; replicates : a number other than the profile's.
+    resume : go on from the units that an earlier run of the same configuration left. More replicates than it had may be
+        asked for. Without `resume`, units of an unfinished run are an error, and those of a finished one are replaced.
+    path : folder of the record, default that of the book.
+
+    Returns
+    -------
+    Path of the table; None on ranks other than the first
+
+    Raises
+    ------
+    ValueError
+        If the configuration is not that of the run to resume, a checkpoint was damaged, or there are units of an
+        unfinished run and `resume` is false.
+    OSError
+        If a file cannot be written. What was finished before is kept.
+    """
+    place = runtime.device(device)
+    if place.type == "cuda" and distributed.world() > 1:
+        place = torch.device("cuda", distributed.local_rank())
+    config = experiment.config(profile, replicates)
+    folder = Path(records.folder(path)) / f"{name}.parts"
+    made = {**records.provenance(place), "ranks": distributed.world()}
+    if distributed.rank() == 0:
+        _open(name, folder, config, made, resume)
+    distributed.barrier()
+
+    plan = experiment.plan(config, place)
+    missing = [unit for unit in plan.units if not _file(folder, unit).is_file()]
+    # Every rank lists what is missing before any of them adds to it.
+    distributed.barrier()
+    for unit in tqdm(distributed.shard(missing), unit="unit", desc=name, disable=None if distributed.rank() == 0 else True):
+        start = time.perf_counter()
+        part = plan.work(*unit)
+        _write_part(folder, unit, experiment.keys, part, time.perf_counter() - start)
+    distributed.barrier()
+    return _assemble(name, folder, plan, config, path) if distributed.rank() == 0 else None
+
+
+def _open(name: str, folder: Path, config: dict, made: dict, resume: bool) -> None:
+    """Make the folder of checkpoints, or check that the one there belongs to this run."""
+    state = folder / "run.json"
+    if state.is_file():
+        there = json.loads(state.read_text(encoding="utf-8"))
+        if not resume and not there["finished"]:
+            done = len(list(folder.glob("*.csv")))
+            raise ValueError(f"run: {folder} has {done} units of an unfinished run; resume it (--resume), or delete it")
+        if resume:
+            settings = (config.keys() | there["config"].keys()) - {"replicates"}  # of these there may be more than before
+            different = sorted(key for key in settings if config.get(key) != there["config"].get(key))
+            if different:
+                raise ValueError(f"resume: {folder} was made with another {', '.join(different)}; delete it to start anew")
+            before = there["sessions"]
+            sessions = before if _same_code(before[-1], made) else [*before, made]
+            _write_state(state, config, sessions, finished=False)
+            return
+    # Units without a description are left over from a deletion that was cut short.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    _write_state(state, config, [made], finished=False)
+
+
+def _same_code(one: dict, other: dict) -> bool:
+    return all(one[key] == other[key] for key in ("commit", "device", "versions", "ranks"))
+
+
+def _write_state(state: Path, config: dict, sessions: list[dict], finished: bool) -> None:
+    described = {"config": config, "sessions": sessions, "finished": finished}
+    records.write_whole(state, (json.dumps(described, indent=2, allow_nan=False) + "\n").encode())
+
+
+def _file(folder: Path, unit: tuple[int, ...]) -> Path:
+    return folder / ("-".join(map(str, unit)) + ".csv")
+
+
+def _write_part(folder: Path, unit: tuple[int, ...], keys: tuple[str, ...], part: Part, seconds: float) -> None:
+    """The arrays first: the table says that the unit is finished, and holds the checksum of both."""
+    for key, value in zip(keys, unit, strict=True):
+        if not (part.table[key] == value).all():
+            raise ValueError(f"unit {unit}: expected {key} = {value} in all its rows, got {part.table[key].unique()}")
+    target, packed = _file(folder, unit), b""
+    if part.arrays:
+        buffer = BytesIO()
+        np.savez(buffer, **part.arrays)
+        packed = buffer.getvalue()
+        records.write_whole(target.with_suffix(".npz"), packed)
+    rows = part.table.to_csv(index=False, lineterminator="\n").encode()  # all digits: rounding comes with the record
+    records.write_whole(target, rows + f"# {_digest(rows, packed)} {seconds:.3f} s\n".encode())
+
+
+def _digest(*contents: bytes) -> str:
+    return hashlib.sha256(b"".join(contents)).hexdigest()
+
+
+def _read_part(name: str, folder: Path, unit: tuple[int, ...]) -> tuple[Part, float]:
+    target = _file(folder, unit)
+    content = target.read_bytes()
+    rows, _, last = content.rpartition(b"# ")
+    arrays = target.with_suffix(".npz")
+    packed = arrays.read_bytes() if arrays.is_file() else b""
+    match = re.fullmatch(rb"([0-9a-f]{64}) ([0-9.]+) s\n", last)
+    if not match or match[1].decode() != _digest(rows, packed):
+        raise ValueError(f"record {name!r}: its checkpoint {target} was damaged or edited; delete it and resume")
+    stored = {}
+    if packed:
+        with np.load(BytesIO(packed), allow_pickle=False) as found:
+            stored = dict(found)
+    return Part(pd.read_csv(BytesIO(rows)), stored), float(match[2])
+
+
+def _assemble(name: str, folder: Path, plan: Plan, config: dict, path) -> Path:
+    parts, seconds = zip(*(_read_part(name, folder, unit) for unit in plan.units))
+    table = pd.concat([part.table for part in parts], ignore_index=True)
+    arrays = [part.arrays for part in parts]
+    table = table if plan.finish is None else plan.finish(table, arrays)
+    summary = {} if plan.summary is None else plan.summary(arrays)
+    sessions = json.loads((folder / "run.json").read_text(encoding="utf-8"))["sessions"]
+    meta = {
+        **sessions[0],
+        **plan.meta,
+        **summary,
+        "config": config,
+        "units": len(plan.units),
+        "unit_seconds": round(float(np.median(seconds)), 3),
+        "wall_seconds": round(sum(seconds) / sessions[0]["ranks"], 1),
+    }
+    if "replicates" in config:
+        meta.setdefault("replicates", config["replicates"])
+    if len(sessions) > 1:  # resumed with other code, or elsewhere
+        meta["sessions"] = sessions
+    saved = records.save(name, table, meta, path)
+    _write_state(folder / "run.json", config, sessions, finished=True)
+    return saved
+
+
+class Verified(NamedTuple):
+    """What `verify` did: the record's `meta`, the `units` run again, and the largest relative `difference` seen."""
+
+    meta: dict
+    units: list[tuple[int, ...]]
+    difference: float
+
+
+def verify(name: str, experiment: Experiment | None, device=None, path=None, budget: float = BUDGET) -> Verified:
+    """Check a record: its checksum and schema, and some of its units, run again.
+
+    As many units are run again as fit into `budget` seconds by the record's own account, at least one and at most five,
+    spread over the run. Every number must agree to the experiment's tolerance, relative to the largest of its column.
+    Draws come from the same seeds on every device, so this compares numbers, not statistics.
+
+    Parameters
+    ----------
+    experiment : what made the record; None if its units cannot be run again (then only its checksum is checked).
+
+    Raises
+    ------
+    ValueError
+        Which names the record, and says what is wrong with it: checksum, schema, or the rows that differ and by how
+        much.
+    """
+    table, meta = records.load(name, path)
+    if experiment is None:
+        return Verified(meta, [], 0.0)
+    config = {**experiment.full, **meta.get("config", {})}
+    plan = experiment.plan(config, runtime.device(device))
+    afford = min(MOST_UNITS, int(budget // max(meta.get("unit_seconds", budget), 1e-3)))
+    chosen = sorted(set(np.linspace(0, len(plan.units) - 1, max(afford, 1) + 2)[1:-1].round().astype(int)))
+    units = [plan.units[i] for i in chosen]
+    worst = 0.0
+    for unit in units:
+        found = plan.work(*unit).table.reset_index(drop=True)
+        rows = (table[list(experiment.keys)].to_numpy() == np.array(unit)).all(axis=1)
+        stored = table[rows].reset_index(drop=True)
+        missing = [column for column in found if column not in stored]
+        if missing or len(found) != len(stored):
+            raise ValueError(f"record {name!r}: unit {unit} has {len(stored)} rows of {list(stored)}, not {len(found)}")
+        for column in found:
+            worst = max(worst, _difference(name, unit, column, stored[column], found[column], experiment.tolerance))
+    return Verified(meta, units, worst)
+
+
+def _difference(name: str, unit, column: str, stored: pd.Series, found: pd.Series, tolerance: float) -> float:
+    """Largest difference of two columns relative to the largest number in them."""
+    if not pd.api.types.is_numeric_dtype(found):
+        if list(stored) != list(found):
+            raise ValueError(f"record {name!r}: unit {unit}, {column}: expected {list(found)}, got {list(stored)}")
+        return 0.0
+    a, b = stored.to_numpy(float), found.to_numpy(float)
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    gap = np.where(same, 0.0, np.abs(a - b))
+    size = np.nanmax(np.abs(np.concatenate([a, b])), initial=0.0)
+    # Six significant digits are stored.
+    relative = float(np.max(gap) / size) if size > 0 else 0.0
+    if not relative <= tolerance + 5e-6:
+        row = int(np.argmax(gap))
+        raise ValueError(
+            f"record {name!r}: unit {unit}, {column}, row {row}: stored {a[row]:.6g}, run again {b[row]:.6g}, "
+            f"more than {tolerance:g} of the largest apart"
+        )
+    return relative
