@@ -164,6 +164,7 @@ def test_own_token_averages_to_all_tokens(n, t):
     fresh = softmax_moments(n, t)
     assert average(own.mean) == pytest.approx(float(fresh.mean), rel=1e-5)
     assert average(own.second_moment) == pytest.approx(float(fresh.second_moment), rel=1e-5)
+    assert average(own.own) == pytest.approx(1 / n, rel=1e-5)
     assert average(own.own_square) == pytest.approx(float(fresh.participation) / n, rel=1e-5)
     assert average(own.participation) == pytest.approx(float(fresh.participation) * (n - 1) / n, rel=1e-5)
 
@@ -174,7 +175,7 @@ def test_own_token_against_simulation():
     draw[:, 0] = own
     w = torch.softmax(t * draw, 1)
     gamma = (w * draw).sum(1)
-    drawn = (gamma, gamma**2, w[:, 0] ** 2, w[:, 0] * gamma, (w[:, 1:] ** 2).sum(1))
+    drawn = (gamma, gamma**2, w[:, 0], w[:, 0] ** 2, w[:, 0] * gamma, (w[:, 1:] ** 2).sum(1))
     for found, value in zip(drawn, self_moments(n, t, own)):
         assert abs(found.mean() - float(value)) < 4 * found.std() / len(draw) ** 0.5
 

@@ -14,10 +14,10 @@ import math
 
 import numpy as np
 import torch
-from scipy.interpolate import RectBivariateSpline
+from scipy.ndimage import map_coordinates
 from torch import Tensor
 
-from tokcx_lib.softmax_law import map_error, self_moments, softmax_moments
+from tokcx_lib.softmax_law import SelfMoments, map_error, self_moments, softmax_moments
 from tokcx_lib.validation import as_matrix, as_positive, as_tensor, as_tokens
 
 _PATH = 0.15 * np.arange(-80, 81)  # along a path through the saddle point of the inverse Laplace transform
@@ -168,25 +168,29 @@ def own_token_bias(n: float, B, V=None, queries=None) -> Tensor:
     u = tilt / load[:, None]
     own = (u * x).sum(1)
     beside = x - own[:, None] * u
-    # Smooth functions of (load, own): a table of them, and cubic splines.
-    loads, owns = (np.linspace(part.min().item() - 1e-9, part.max().item() + 1e-9, 25) for part in (load, own))
-    fresh = softmax_moments(n, loads)
-    rows = [self_moments(n, s, owns) for s in loads]
-    extra = {
-        "second_moment": np.stack([row.second_moment for row in rows]) - fresh.second_moment[:, None],
-        "own_cross": np.stack([row.own_cross for row in rows]),
-        "own_square": np.stack([row.own_square for row in rows]),
-        "participation": np.stack([row.participation for row in rows]) - fresh.participation[:, None],
-    }
-    at = {
-        name: torch.from_numpy(RectBivariateSpline(loads, owns, table)(load.numpy(), own.numpy(), grid=False))
-        for name, table in extra.items()
-    }
+    fresh = softmax_moments(n, load.numpy())
+    at = _self_table(n, load, own)
+    at["second_moment"] -= torch.from_numpy(fresh.second_moment)
+    at["participation"] -= torch.from_numpy(fresh.participation)
     mixed = (at["own_cross"][:, None] * u).mT @ beside
     total = ((at["second_moment"] - at["participation"])[:, None] * u).mT @ u + mixed + mixed.mT
     total = total + (at["own_square"][:, None] * beside).mT @ beside
     total = total / len(x) + at["participation"].mean() * torch.eye(len(B), dtype=B.dtype)
     return V @ total @ V.mT
+
+
+def _self_table(n: float, load: Tensor, own: Tensor, names=SelfMoments._fields) -> dict[str, Tensor]:
+    """Fields of `softmax_law.self_moments` at many pairs of one shape, by a table of it and cubic splines (to about 1e-6)."""
+    place, values = [], []
+    for part, count in ((load, 33), (own, 97)):
+        low, high = part.min().item() - 1e-6, part.max().item() + 1e-6
+        values.append(np.linspace(low, high, count))
+        place.append(((part - low) / (high - low) * (count - 1)).numpy())
+    rows = [self_moments(n, s, values[1]) for s in values[0]]
+    tables = {name: np.stack([getattr(row, name) for row in rows]) for name in names}
+    return {
+        name: torch.from_numpy(map_coordinates(table, place, order=3, mode="mirror")) for name, table in tables.items()
+    }
 
 
 def shared_keys_covariance(B, V=None) -> Tensor:
@@ -213,3 +217,60 @@ def shared_keys_covariance(B, V=None) -> Tensor:
     eye, G = torch.eye(len(B), dtype=B.dtype), B @ B.mT
     rest = eye - G @ G
     return V @ (G + B + B.mT + torch.linalg.inv(rest) / torch.linalg.det(rest).sqrt()) @ V.mT
+
+
+def shared_keys_projection(n: float, B, V=None, tokens=None, queries=None) -> Tensor:
+    """What queries share at finite n, as far as single tokens explain it: the covariance of the projection of m_n.
+
+    Conditioned on one of its tokens z, the mean of n transformed tokens is xi(z) / n with xi(z) = E[Gamma_n(z)] + (n - 1)
+    E_x[Gamma_n(x) | z is a key], exactly; the covariance of the sum of these (Hajek's projection) is E[xi xi'] / n, a
+    lower bound for Cov m_n as a matrix, and n times it tends to `shared_keys_covariance`. It is averaged here over
+    given tokens z and queries x. Where the coupling is below 1/3, so that the limit's products have a finite variance,
+    what is averaged is the difference from the limit, which is known exactly.
+
+    Parameters
+    ----------
+    n, B, V : as for `own_token_bias` and `shared_keys_covariance`.
+    tokens : (m, d), Gaussian tokens N(0, I_d), for z; queries : (q, d), independent of them, q even, for x.
+
+    Returns
+    -------
+    Tensor of shape (d_v, d_v), float64: an estimate of Cov m_n, with the noise of the average
+
+    Raises
+    ------
+    ValueError
+        If shapes do not match, n < 2, or ||B||_2 >= 1.
+
+    Source: chapter 9 (projection: Hajek 1968).
+    """
+    limit = shared_keys_covariance(B) / n
+    B, V = _as_forms(B, V)
+    z, x = (as_tokens(name, part, len(B)).double() for name, part in (("tokens", tokens), ("queries", queries)))
+    if not n >= 2 or len(x) % 2:
+        raise ValueError(f"n, queries: expected n >= 2 and an even number of queries, got {n} and {len(x)}")
+    key = [_as_key(n, z, half @ B.mT) for half in x.chunk(2)]  # two halves: their product has no bias
+    tilt = z @ B.mT
+    load = torch.linalg.vector_norm(tilt, dim=1)
+    u = tilt / load[:, None]
+    own = (u * z).sum(1)
+    at = _self_table(n, load, own)
+    itself = at["mean"][:, None] * u + at["own"][:, None] * (z - own[:, None] * u)
+    finite, infinite = ([part + own_part for part in parts] for parts, own_part in zip(zip(*key), (itself, tilt)))
+    total = finite[0].mT @ finite[1] / (n * len(z))
+    if torch.linalg.matrix_norm(B, 2) ** 2 < 1 / 3:
+        total = total + limit - infinite[0].mT @ infinite[1] / (n * len(z))
+    return V @ ((total + total.mT) / 2) @ V.mT
+
+
+def _as_key(n: float, z: Tensor, tilt: Tensor) -> tuple[Tensor, Tensor]:
+    """(n - 1) E_x[Gamma_n(x) | z is a key], and its limit, averaged over queries x and -x with tilts (q, d)."""
+    load = torch.linalg.vector_norm(tilt, dim=1)
+    u = tilt / load[:, None]
+    height = z @ u.mT
+    at, back = (_self_table(n, load.expand_as(height), part, ("mean", "own")) for part in (height, -height))
+    along, weight = (at["mean"] - back["mean"]) / 2, (at["own"] + back["own"]) / 2
+    finite = (along - weight * height) @ u + weight.sum(1, keepdim=True) * z
+    up, down = (torch.exp(sign * load * height - load**2 / 2) for sign in (1, -1))
+    infinite = (up + down).sum(1, keepdim=True) * z / 2 - (up - down) @ tilt / 2
+    return (n - 1) / len(tilt) * finite, infinite / len(tilt)

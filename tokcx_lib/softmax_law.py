@@ -41,12 +41,13 @@ class SoftmaxMoments(NamedTuple):
 class SelfMoments(NamedTuple):
     """Softmax with the query's own token kept apart: averages given that token, its weight being w_0.
 
-    `mean` E Gamma_n, `second_moment` E Gamma_n^2, `own_square` E w_0^2, `own_cross` E[w_0 Gamma_n] and
+    `mean` E Gamma_n, `second_moment` E Gamma_n^2, `own` E w_0, `own_square` E w_0^2, `own_cross` E[w_0 Gamma_n] and
     `participation` E sum_{j > 0} w_j^2 of the other tokens; float64, of one shape.
     """
 
     mean: np.ndarray
     second_moment: np.ndarray
+    own: np.ndarray
     own_square: np.ndarray
     own_cross: np.ndarray
     participation: np.ndarray
@@ -130,7 +131,7 @@ def self_moments(n, t: float, own) -> SelfMoments:
     n, own = np.broadcast_arrays(n, own)
     every = zip(n.flat, own.flat, _table_of(n).flat)
     found = np.array([_self_at(_averages(float(t), None, log_n), float(t), m, y) for m, y, log_n in every])
-    return SelfMoments(*found.T.reshape(5, *n.shape))
+    return SelfMoments(*found.T.reshape(6, *n.shape))
 
 
 def _as_counts(n) -> np.ndarray:
@@ -204,6 +205,7 @@ def _self_at(table: _Averages, t: float, n: float, own: float) -> tuple[float, .
     terms = (
         own_1 * own * alone + own_0 * a,
         own_2 * own**2 * alone + 2 * own_1 * own * a + own_0 * (b * table.b[1] + pairs),
+        own_1 * alone,
         own_2 * alone,
         own_2 * own * alone + own_1 * a,
         own_0 * b * table.b[0],
