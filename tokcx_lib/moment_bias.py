@@ -17,7 +17,7 @@ import torch
 from scipy.ndimage import map_coordinates
 from torch import Tensor
 
-from tokcx_lib.softmax_law import SelfMoments, map_error, self_moments, softmax_moments
+from tokcx_lib.softmax_law import map_error, self_moments, softmax_moments
 from tokcx_lib.validation import as_matrix, as_positive, as_tensor, as_tokens
 
 _PATH = 0.15 * np.arange(-80, 81)  # along a path through the saddle point of the inverse Laplace transform
@@ -97,7 +97,7 @@ def load_law(beta, n: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if beta.ndim != 1 or not (np.isfinite(beta) & (beta >= 0)).all() or not beta.max() > 0:
         raise ValueError(f"beta: expected singular values, one of them positive, got {beta}")
     scale = beta.max() ** 2
-    rate = beta[beta > 1e-9 * beta.max()] ** 2 / scale
+    rate = (beta[beta > 1e-9 * beta.max()] / beta.max()) ** 2  # at most 1, exactly
     mean, deviation = rate.sum(), math.sqrt(2 * (rate**2).sum())
     step = 0.25 * min(deviation / mean, 1.2)  # of log s^2
     log_q, theta = _reach(rate, step, math.log(n) + _TAIL)
@@ -168,10 +168,7 @@ def own_token_bias(n: float, B, V=None, queries=None) -> Tensor:
     u = tilt / load[:, None]
     own = (u * x).sum(1)
     beside = x - own[:, None] * u
-    fresh = softmax_moments(n, load.numpy())
-    at = _self_table(n, load, own)
-    at["second_moment"] -= torch.from_numpy(fresh.second_moment)
-    at["participation"] -= torch.from_numpy(fresh.participation)
+    at = _self_table(n, load, own, ("second_moment", "own_square", "own_cross", "participation"), less_fresh=True)
     mixed = (at["own_cross"][:, None] * u).mT @ beside
     total = ((at["second_moment"] - at["participation"])[:, None] * u).mT @ u + mixed + mixed.mT
     total = total + (at["own_square"][:, None] * beside).mT @ beside
@@ -179,8 +176,11 @@ def own_token_bias(n: float, B, V=None, queries=None) -> Tensor:
     return V @ total @ V.mT
 
 
-def _self_table(n: float, load: Tensor, own: Tensor, names=SelfMoments._fields) -> dict[str, Tensor]:
-    """Fields of `softmax_law.self_moments` at many pairs of one shape, by a table of it and cubic splines (to about 1e-6)."""
+def _self_table(n: float, load: Tensor, own: Tensor, names, less_fresh: bool = False) -> dict[str, Tensor]:
+    """Fields of `softmax_law.self_moments` at many pairs of one shape, by a table of it and cubic splines (to about 1e-6).
+
+    `less_fresh`: the second moment and the participation less those of a fresh query.
+    """
     place, values = [], []
     for part, count in ((load, 33), (own, 97)):
         low, high = part.min().item() - 1e-6, part.max().item() + 1e-6
@@ -188,6 +188,10 @@ def _self_table(n: float, load: Tensor, own: Tensor, names=SelfMoments._fields) 
         place.append(((part - low) / (high - low) * (count - 1)).numpy())
     rows = [self_moments(n, s, values[1]) for s in values[0]]
     tables = {name: np.stack([getattr(row, name) for row in rows]) for name in names}
+    if less_fresh:
+        fresh = softmax_moments(n, values[0])
+        tables["second_moment"] -= fresh.second_moment[:, None]
+        tables["participation"] -= fresh.participation[:, None]
     return {
         name: torch.from_numpy(map_coordinates(table, place, order=3, mode="mirror")) for name, table in tables.items()
     }
@@ -254,7 +258,7 @@ def shared_keys_projection(n: float, B, V=None, tokens=None, queries=None) -> Te
     load = torch.linalg.vector_norm(tilt, dim=1)
     u = tilt / load[:, None]
     own = (u * z).sum(1)
-    at = _self_table(n, load, own)
+    at = _self_table(n, load, own, ("mean", "own"))
     itself = at["mean"][:, None] * u + at["own"][:, None] * (z - own[:, None] * u)
     finite, infinite = ([part + own_part for part in parts] for parts, own_part in zip(zip(*key), (itself, tilt)))
     total = finite[0].mT @ finite[1] / (n * len(z))

@@ -129,9 +129,11 @@ def self_moments(n, t: float, own) -> SelfMoments:
     if tilts.ndim or not np.isfinite(own).all():
         raise ValueError(f"t, own: expected one number and finite numbers, got shapes {tilts.shape}, {own.shape}")
     n, own = np.broadcast_arrays(n, own)
-    every = zip(n.flat, own.flat, _table_of(n).flat)
-    found = np.array([_self_at(_averages(float(t), None, log_n), float(t), m, y) for m, y, log_n in every])
-    return SelfMoments(*found.T.reshape(6, *n.shape))
+    found = np.empty((6, *n.shape))
+    for size in np.unique(n):
+        here = n == size
+        found[:, here] = _self_at(_averages(float(t), None, float(_table_of(size))), float(t), size, own[here])
+    return SelfMoments(*found)
 
 
 def _as_counts(n) -> np.ndarray:
@@ -194,23 +196,25 @@ def _pairs(table: _Averages, n: np.ndarray, which: int) -> np.ndarray:
     return power @ table.a[which] ** 2
 
 
-def _self_at(table: _Averages, t: float, n: float, own: float) -> tuple[float, ...]:
-    u = table.x + t * own
-    own_0 = np.exp(-np.exp(np.minimum(u, 10.0)))  # e^{-l e^q}, with q the query's logit on itself
-    own_1, own_2 = own_0 * np.exp(u), own_0 * np.exp(2 * u)
+def _self_at(table: _Averages, t: float, n: float, own: np.ndarray) -> np.ndarray:
+    """The fields of `SelfMoments` for one n and own projections (k,): shape (6, k)."""
+    u = table.x + t * own[:, None]
+    e = np.exp(np.minimum(u, 700.0))
+    own_0, own_1, own_2 = np.exp(-e), np.exp(u - e), np.exp(2 * u - e)  # (l e^q)^k e^{-l e^q}, q its logit on itself
     alone = np.exp((n - 1) * table.log_phi)
     a = (n - 1) * np.exp((n - 2) * table.log_phi + table.log_a) * table.a[1]
     b = (n - 1) * np.exp((n - 2) * table.log_phi + table.log_b)
     pairs = (n - 1) * (n - 2) * np.exp((n - 3) * table.log_phi + 2 * table.log_a) * table.a[1] ** 2
-    terms = (
-        own_1 * own * alone + own_0 * a,
-        own_2 * own**2 * alone + 2 * own_1 * own * a + own_0 * (b * table.b[1] + pairs),
-        own_1 * alone,
-        own_2 * alone,
-        own_2 * own * alone + own_1 * a,
-        own_0 * b * table.b[0],
+    return STEP * np.stack(
+        [
+            own * (own_1 @ alone) + own_0 @ a,
+            own**2 * (own_2 @ alone) + 2 * own * (own_1 @ a) + own_0 @ (b * table.b[1] + pairs),
+            own_1 @ alone,
+            own_2 @ alone,
+            own * (own_2 @ alone) + own_1 @ a,
+            own_0 @ (b * table.b[0]),
+        ]
     )
-    return tuple(STEP * term.sum() for term in terms)
 
 
 def _averages(t: float, law: Law | None, log_n: float) -> _Averages:
