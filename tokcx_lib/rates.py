@@ -31,7 +31,7 @@ def exponent(psi: float, kind: str) -> float:
         ``balance``: 1/(2(1 + psi)), the reference curve drawn by the same authors;
         ``subgaussian``: min(1/2, 1/(4 psi)), a lower bound on the exponent of sub-Gaussian tokens (ours, chapter 10);
         ``gaussian``: min(1/2, 1/(1 + psi)), the exponent of Gaussian tokens (ours, chapter 10);
-        ``bias``: min(1, (sqrt(1 + 4/psi) - 1)/2), the exponent of the bias of the second moment (ours, chapter 9).
+        ``bias``: min(1, (sqrt(1 + 4/psi) - 1)/2), the exponent of the bias of the second moment (ours, chapter 10).
 
     Raises
     ------
