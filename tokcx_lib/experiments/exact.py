@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokcx_lib import geometry, moment_bias, runtime, sweeps
-from tokcx_lib.experiments.gaussian import random_head
+from tokcx_lib.sweeps import random_head
 from tokcx_lib.runs import Experiment, Part, Plan
 from tokcx_lib.streaming import partial_attention
 
