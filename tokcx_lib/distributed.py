@@ -7,6 +7,7 @@ made on first use from the environment that torchrun sets: gloo for tensors on t
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -119,3 +120,9 @@ def sharded_attention(
 def _start() -> None:
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+        atexit.register(_stop)  # a process that ends with the group's threads at work may abort
+
+
+def _stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
