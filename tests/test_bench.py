@@ -1,5 +1,6 @@
 """A tiny run of each part gives the schema. What the times are is for the record to say, not for a test."""
 
+import pandas as pd
 import pytest
 import torch
 
@@ -31,6 +32,18 @@ def test_every_part_runs_and_makes_a_record(tmp_path, capsys):
 def test_parts_that_need_no_other_process(name, tmp_path):
     table = records.load("benchmarks", bench.run(only=[name], path=tmp_path).parent).table
     assert set(table["part"]) == {name} and (table["value"] > 0).all()
+
+
+def test_a_precision_is_safe_as_long_as_it_changes_the_errors_little(monkeypatch):
+    sizes = {**bench.QUICK, "precision": {**bench.QUICK["precision"], "lengths": [20, 50, 200]}}
+    rows, _ = bench.precision(sizes, torch.device("cpu"))
+    table = pd.DataFrame(rows).set_index(["variant", "quantity", "size"])["value"]
+    worst = [max(table["bfloat16", f"change of {e}_error", n] for e in ("mean", "cov")) for n in (20, 50, 200)]
+    assert table["float32", "safe up to", 200] == 200
+    for bound, safe in ((worst[0] / 2, 0), (max(worst[:2]), 50 if worst[2] > max(worst[:2]) else 200)):
+        monkeypatch.setattr(bench, "SAFE", bound)
+        rows, _ = bench.precision(sizes, torch.device("cpu"))
+        assert pd.DataFrame(rows).set_index(["variant", "quantity"])["value"]["bfloat16", "safe up to"] == safe
 
 
 def test_the_variants_compute_the_same():

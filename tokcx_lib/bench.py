@@ -46,6 +46,7 @@ from tokcx_lib.sweeps import gaussian_limit
 
 SEED = 4_004
 VARIANCE = 0.1
+SAFE = 0.01  # a precision is safe as long as it changes the estimated errors by no more than this share of them
 FULL = {
     "dim": 50,
     "rounds": 5,
@@ -205,10 +206,14 @@ def _each_length(attend: Callable, x: Tensor, A: Tensor, V: Tensor, lengths: lis
     return Moments(torch.stack(means), torch.stack(covs))
 
 
-def _tokens(count: int, dim: int, device, dtype=torch.float32, replicate: int = 0) -> Tensor:
-    """Tokens N(0, VARIANCE I)."""
+def _blocks(start: int, stop: int, dim: int, device, dtype=torch.float32, replicate: int = 0):
+    """Tokens N(0, VARIANCE I), block by block."""
     law = Gaussian(VARIANCE * torch.eye(dim, dtype=torch.float64))
-    return law.sample(count, runtime.stream(SEED, replicate)).to(device=device, dtype=dtype)
+    return drawn_blocks(law, SEED + replicate, start, stop, dtype, device)
+
+
+def _tokens(count: int, dim: int, device, dtype=torch.float32, replicate: int = 0) -> Tensor:
+    return torch.cat([block for block, _ in _blocks(0, count, dim, device, dtype, replicate)])
 
 
 def _operations(pairs: int, dim: int) -> int:
@@ -312,10 +317,9 @@ def memory(sizes: dict, device: torch.device) -> tuple[list[dict], list[str]]:
 
 
 def _memory_child(task: dict, device: torch.device) -> dict:
-    law = Gaussian(VARIANCE * torch.eye(task["dim"], dtype=torch.float64))
     q = _tokens(task["queries"], task["dim"], device, replicate=1)
     start = time.perf_counter()
-    blocks = drawn_blocks(law, SEED, 0, task["keys"], device=device)
+    blocks = _blocks(0, task["keys"], task["dim"], device)
     if task["variant"] == "ours, streamed":
         stream_attention(q, blocks, [task["keys"]])
     else:
@@ -368,8 +372,7 @@ def _ranks_child(task: dict, device: torch.device) -> dict:
     q = _tokens(task["queries"], task["dim"], device, replicate=1)
     # Each rank holds the keys it will be asked for, so that the race is about attention alone.
     share = [task["keys"] * part // distributed.world() for part in (distributed.rank(), distributed.rank() + 1)]
-    law = Gaussian(VARIANCE * torch.eye(task["dim"], dtype=torch.float64))
-    held = torch.cat([block for block, _ in drawn_blocks(law, SEED, *share, device=device)])
+    held = torch.cat([block for block, _ in _blocks(*share, task["dim"], device)])
 
     def blocks(start: int, stop: int) -> list[tuple[Tensor, Tensor]]:
         return [(held[start - share[0] : stop - share[0]],) * 2]
@@ -408,7 +411,7 @@ def precision(sizes: dict, device: torch.device) -> tuple[list[dict], list[str]]
     """Rounding against sampling: by how much a precision changes the errors |m_n - m| and |C_n - C| of a sweep.
 
     All precisions see the same tokens, rounded to theirs. A change of the estimated error by 1% of itself is of no
-    consequence; one of its own size means that the curve shows rounding and no longer the law of large numbers.
+    consequence (SAFE); one of its own size means that the curve shows rounding and no longer the law of large numbers.
     """
     wanted, dim = sizes["precision"], sizes["dim"]
     lengths = wanted["lengths"]
@@ -433,8 +436,13 @@ def precision(sizes: dict, device: torch.device) -> tuple[list[dict], list[str]]
                 for quantity, values in errors.items():
                     for n, value, truth in zip(lengths, values, exact[quantity]):
                         changes.setdefault((name, quantity, n), []).append(abs(value - truth) / truth)
+        setting = f"scale {scale:g}"
         for (name, quantity, n), values in changes.items():
-            rows.append(_row(name, n, f"change of {quantity}", values, "ratio", f"scale {scale:g}"))
+            rows.append(_row(name, n, f"change of {quantity}", values, "ratio", setting))
+        for name in dict.fromkeys(name for name, _, _ in changes):
+            worst = [max(median(changes[name, quantity, n]) for quantity in exact) for n in lengths]
+            safe = [n for i, n in enumerate(lengths) if max(worst[: i + 1]) <= SAFE]
+            rows.append(_row(name, lengths[-1], "safe up to", [safe[-1] if safe else 0], "tokens", setting))
     return rows, [] if device.type == "cuda" else ["tf32 was not run: it is a precision of GPUs."]
 
 

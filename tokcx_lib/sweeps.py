@@ -405,7 +405,9 @@ class _Heads:
 
     def moments(self, tokens: Tensor) -> list[Moments]:
         if not self.tabulate:
-            return [self_attention_moments(tokens, scale * self.A, self.V, self.lengths) for scale in self.scales]
+            forms = torch.stack([scale * self.A for scale in self.scales])
+            found = self_attention_moments(tokens, forms, self.V, self.lengths)
+            return [Moments(mean, cov) for mean, cov in zip(found.mean.unbind(1), found.cov.unbind(1))]
         return _scalar_moments(tokens, [scale * self.A.item() for scale in self.scales], self.V, self.lengths)
 
     def errors(self, replicate: int, seed: int, dtype, place) -> tuple[list[tuple], Tensor]:
@@ -417,12 +419,8 @@ class _Heads:
             mean_error = torch.linalg.vector_norm(mean - limit.mean, dim=-1)
             cov_error = torch.linalg.matrix_norm(cov - limit.cov)
             rows += [(scale, replicate, *row) for row in zip(self.lengths, mean_error.tolist(), cov_error.tolist())]
-            second.append(_second_moment(mean, cov) - _second_moment(*limit))
+            second.append(Moments(mean, cov).second_moment - limit.second_moment)
         return rows, torch.stack(second)
-
-
-def _second_moment(mean: Tensor, cov: Tensor) -> Tensor:
-    return cov + mean[..., :, None] * mean[..., None, :]
 
 
 def _sweep(heads: _Heads, replicates, seed, dtype, device) -> pd.DataFrame:
