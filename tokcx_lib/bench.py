@@ -182,8 +182,9 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _keops_attention():
-    """Attention as a softmax reduction of KeOps, or why there is none."""
+    """Attention as a softmax reduction of KeOps (None if it is not installed), and what the record says of it."""
     try:
+        import pykeops
         from pykeops.torch import LazyTensor
     except ImportError as error:
         return None, f"KeOps was not run: {error} (requirements/bench.txt has it)."
@@ -192,7 +193,7 @@ def _keops_attention():
         logits = (LazyTensor(q[:, None]) * LazyTensor(k[None])).sum(-1)
         return logits.sumsoftmaxweight(LazyTensor(v[None]), dim=1)
 
-    return attend, ""
+    return attend, f"KeOps {pykeops.__version__}."
 
 
 def _each_length(attend: Callable, x: Tensor, A: Tensor, V: Tensor, lengths: list[int]) -> Moments:
@@ -268,7 +269,7 @@ def attention(sizes: dict, device: torch.device) -> tuple[list[dict], list[str]]
             if keops:
                 variants["KeOps"] = lambda: keops(q, k, k)
         rows += _timed(_race(variants, sizes["rounds"], device), n, f"{len(q)} queries")
-    return rows, [note] if note else []
+    return rows, [note]
 
 
 def rate(sizes: dict, device: torch.device) -> tuple[list[dict], list[str]]:
