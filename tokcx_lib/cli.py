@@ -61,9 +61,10 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = actions.add_parser("bench", help="time streaming attention against the plain algorithm and others")
     bench.add_argument("--profile", choices=runtime.PROFILES, default="full", help="full (default), or quick: a trial")
-    bench.add_argument("--only", type=lambda names: names.split(","), help="parts, for example moments,rate (default: all)")
+    bench.add_argument("--only", type=lambda names: names.split(","), help="parts, such as moments,rate (default: all)")
     bench.add_argument("--device", help="cpu, cuda, cuda:1 …")
-    bench.add_argument("--out", type=Path, default=Path("quick-records"), help="folder of the record (default: quick-records)")
+    out = Path("quick-records")
+    bench.add_argument("--out", type=Path, default=out, help=f"folder of the record (default: {out})")
     bench.set_defaults(action=_bench)
     return parser
 

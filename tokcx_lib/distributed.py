@@ -66,7 +66,8 @@ def merge_ranks(state: Partial | None, q: Tensor) -> Partial:
     size = torch.tensor([0 if state is None else state.output.shape[-1]], device=q.device)
     dist.all_reduce(size, dist.ReduceOp.MAX)
     if state is None:
-        zeros = torch.zeros(*q.shape[:-1], size.item(), device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        zeros = torch.zeros(*q.shape[:-1], size.item(), device=q.device, dtype=dtype)
         state = Partial(zeros, torch.full_like(zeros[..., 0], -torch.inf))
     # Weights relative to the largest log-sum-exp, and the outputs weighted, are sums over ranks.
     top = state.lse.clone()
@@ -110,9 +111,9 @@ def sharded_states(
 def sharded_attention(
     q: Tensor, blocks: Callable[[int, int], Iterable[tuple[Tensor, Tensor]]], lengths: Sequence[int]
 ) -> Tensor:
-    """`streaming.prefix_attention` over keys shared out over the ranks: outputs (len(lengths), ..., m, d_v) on every rank.
+    """`streaming.prefix_attention` over keys shared out over the ranks; every rank gets the outputs.
 
-    Arguments as for `sharded_states`.
+    Arguments as for `sharded_states`; shape (len(lengths), ..., m, d_v).
     """
     return torch.stack([state.output for state in sharded_states(q, blocks, lengths)])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,6 +77,71 @@ def clt_covariance(law: Law, t) -> Tensor:
     growth = torch.exp(law.log_mgf(2 * t) - 2 * law.log_mgf(t))
     shift = law.tilted_mean(2 * t) - law.tilted_mean(t)
     return growth[..., None, None] * (law.tilted_cov(2 * t) + shift[..., :, None] * shift[..., None, :])
+
+
+class MomentConstants(NamedTuple):
+    """First-order limits of n E||m_n - m||^2 (`mean`) and n E||C_n - C||_F^2 (`cov`)."""
+
+    mean: float
+    cov: float
+
+
+def moment_constants(B, W=None) -> MomentConstants:
+    """Constants of the moments of self-attention over Gaussian tokens: root mean square errors sqrt(constant / n).
+
+    In whitened coordinates z, with G = B B', Q = G (I + G)^-1 and R(z) = det(I + G)^-1/2 e^{z'Qz/2}, a token z moves the
+    mean by psi(z) / n and the second moment by phi(z) / n,
+
+        psi(z) = B z + R(z) (I - Q) z,
+        phi(z) = B z z' B' - G + R(z) [(I - Q) z z' Q + Q z z' (I - Q) - 2 Q],
+
+    and the constants are E||W psi||^2 = tr W (G + B + B' + det(I - G^2)^-1/2 (I - G^2)^-1) W' and E||W phi W'||_F^2, by
+    Gaussian fourth moments (chapter 5).
+
+    Parameters
+    ----------
+    B : (d, d), Sigma^{1/2} A Sigma^{1/2}; W : (d_v, d), V Sigma^{1/2}, None for the identity.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not match, or the horizon ||B||_2 is not below 1: then the constants are infinite.
+    """
+    B = as_tensor("B", B, ndim=2).double()
+    dim = B.shape[1]
+    B = as_square("B", B, dim)
+    horizon = torch.linalg.matrix_norm(B, 2).item()
+    if not horizon < 1:
+        raise ValueError(f"B: expected a horizon below 1, beyond which the constants are infinite, got {horizon:g}")
+    one = torch.eye(dim, dtype=torch.float64)
+    W = one if W is None else as_matrix("W", W, columns=dim).double()
+    metric, G = W.mT @ W, B @ B.mT
+    grown = torch.linalg.inv(one - G @ G)
+    mass = torch.linalg.det(grown).sqrt().item()  # E R^2, in units of the tilted law below
+    mean = torch.trace(metric @ (G + B + B.mT + mass * grown)).item()
+
+    Q = G @ torch.linalg.inv(one + G)
+    plain, tilted = [(B, B)], [(one - Q, Q), (Q, one - Q)]
+    # R tilts N(0, I) to the covariance (I - Q)^-1 = I + G with mass 1, and R^2 to (I - 2Q)^-1.
+    cov = (
+        _quartic(plain, G, plain, G, one, metric)
+        + 2 * _quartic(plain, G, tilted, 2 * Q, one + G, metric)
+        + mass * _quartic(tilted, 2 * Q, tilted, 2 * Q, torch.linalg.inv(one - 2 * Q), metric)
+    )
+    return MomentConstants(mean, cov)
+
+
+def _quartic(left, shift_left, right, shift_right, cov, metric) -> float:
+    """E <sum a z z' c' - shift, sum a z z' c' - shift> for z ~ N(0, cov), with <X, Y> = tr(metric X metric Y)."""
+    total = torch.trace(metric @ shift_left @ metric @ shift_right)
+    for pairs, other in ((left, shift_right), (right, shift_left)):
+        total -= sum(torch.trace(metric @ a @ cov @ c.mT @ metric @ other) for a, c in pairs)
+    for a, c in left:
+        for e, f in right:
+            x, y = f.mT @ metric @ a @ cov, c.mT @ metric @ e @ cov
+            turned = f.mT @ metric @ a @ cov @ e.mT @ metric @ c @ cov
+            total += torch.trace(x) * torch.trace(y) + torch.trace(x @ y) + torch.trace(turned)
+    return total.item()
 
 
 # Dudley's integral of sqrt(log(5/v)) over v in (0, 1/2), with the constant 4 sqrt(2) of the chaining sum (chapter 2).

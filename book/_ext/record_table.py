@@ -91,7 +91,8 @@ class RecordTable(RecordDirective):
     def render(self, rows, meta):
         rows = matching(rows, self.options.get("where", ""))
         keys = [key.strip() for key in self.options["rows"].split(",")]
-        across, value, digits = self.options.get("columns"), self.options.get("value", "value"), self.options.get("digits", 3)
+        across, value = self.options.get("columns"), self.options.get("value", "value")
+        digits = self.options.get("digits", 3)
         cells = {}
         for row in rows:
             place = tuple(row[key] for key in keys), row[across] if across else value
@@ -102,8 +103,8 @@ class RecordTable(RecordDirective):
         headings = [part.strip() for part in self.options.get("headings", ", ".join(keys)).split(",")]
         body = [[*headings, *(shown(column, digits) for column in columns)]]
         for line in lines:
-            found = (cells.get((line, column)) for column in columns)
-            body.append([*(shown(key, digits) for key in line), *("" if text is None else shown(text, digits) for text in found)])
+            texts = [*line, *(cells.get((line, column), "") for column in columns)]
+            body.append([shown(text, digits) for text in texts])
         return [self.table(body, len(keys))]
 
     def table(self, body, headed):

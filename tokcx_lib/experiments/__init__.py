@@ -3,7 +3,11 @@
 Each module holds the experiments of one topic; this package puts them together, by name.
 """
 
-from tokcx_lib.experiments import gaussian, real_heads
+from tokcx_lib.experiments import bounded, coverage, gaussian, real_heads
 from tokcx_lib.runs import Experiment
 
-EXPERIMENTS: dict[str, Experiment] = dict(sorted((gaussian.EXPERIMENTS | real_heads.EXPERIMENTS).items()))
+_TOPICS = (bounded, coverage, gaussian, real_heads)
+
+EXPERIMENTS: dict[str, Experiment] = {
+    name: topic.EXPERIMENTS[name] for topic in _TOPICS for name in sorted(topic.EXPERIMENTS)
+}
