@@ -32,7 +32,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
 from tokcx_lib import distributed, records, runtime
-from tokcx_lib.experiments.gaussian import random_head
 from tokcx_lib.laws import Gaussian
 from tokcx_lib.streaming import (
     Moments,
@@ -42,7 +41,7 @@ from tokcx_lib.streaming import (
     self_attention_moments,
     stream_attention,
 )
-from tokcx_lib.sweeps import gaussian_limit
+from tokcx_lib.sweeps import gaussian_limit, random_head
 
 SEED = 4_004
 VARIANCE = 0.1
