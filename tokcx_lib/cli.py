@@ -1,4 +1,4 @@
-"""The command line: ``tokcx probe``, ``tokcx predict``, ``tokcx run``, ``tokcx verify``, ``tokcx --version``.
+"""The command line: ``tokcx probe``, ``predict``, ``run``, ``verify``, ``bench`` and ``--version``.
 
 Bad input ends with one line on standard error and exit code 2.
 """
@@ -65,6 +65,14 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--seconds", type=float, default=60.0, help="time for units, roughly; 0: checksum only (default: 60)")
     verify.add_argument("--out", type=Path, help="folder of the record (default: the book's)")
     verify.set_defaults(action=_verify)
+
+    bench = actions.add_parser("bench", help="time streaming attention against the plain algorithm and others")
+    bench.add_argument("--profile", choices=runtime.PROFILES, default="full", help="full (default), or quick: a trial")
+    bench.add_argument("--only", type=lambda names: names.split(","), help="parts, such as moments,rate (default: all)")
+    bench.add_argument("--device", help="cpu, cuda, cuda:1 …")
+    out = Path("quick-records")
+    bench.add_argument("--out", type=Path, default=out, help=f"folder of the record (default: {out})")
+    bench.set_defaults(action=_bench)
     return parser
 
 
@@ -182,3 +190,14 @@ def _verify(options: argparse.Namespace) -> None:
     print(f"{options.name}: {meta['rows']} rows, sha256 {meta['sha256'][:12]} matches, device: {meta['device']}")
     if units:
         print(f"units {', '.join(map(str, units))} run again: no number differs by more than {difference:.1e} of the largest")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from tokcx_lib import bench, records
+
+    path = bench.run(options.profile, options.device, options.only, options.out)
+    table, meta = records.load(path.stem, options.out)
+    shown = table.drop(columns=["low", "high"])
+    print(shown.to_string(index=False, float_format=lambda number: f"{number:.3g}"))
+    print(*meta["notes"], sep="\n", end="\n" if meta["notes"] else "")
+    print(f"wrote {path}, device: {meta['device']}")

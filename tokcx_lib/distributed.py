@@ -7,6 +7,7 @@ made on first use from the environment that torchrun sets: gloo for tensors on t
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -65,7 +66,8 @@ def merge_ranks(state: Partial | None, q: Tensor) -> Partial:
     size = torch.tensor([0 if state is None else state.output.shape[-1]], device=q.device)
     dist.all_reduce(size, dist.ReduceOp.MAX)
     if state is None:
-        zeros = torch.zeros(*q.shape[:-1], size.item(), device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        zeros = torch.zeros(*q.shape[:-1], size.item(), device=q.device, dtype=dtype)
         state = Partial(zeros, torch.full_like(zeros[..., 0], -torch.inf))
     # Weights relative to the largest log-sum-exp, and the outputs weighted, are sums over ranks.
     top = state.lse.clone()
@@ -109,9 +111,9 @@ def sharded_states(
 def sharded_attention(
     q: Tensor, blocks: Callable[[int, int], Iterable[tuple[Tensor, Tensor]]], lengths: Sequence[int]
 ) -> Tensor:
-    """`streaming.prefix_attention` over keys shared out over the ranks: outputs (len(lengths), ..., m, d_v) on every rank.
+    """`streaming.prefix_attention` over keys shared out over the ranks; every rank gets the outputs.
 
-    Arguments as for `sharded_states`.
+    Arguments as for `sharded_states`; shape (len(lengths), ..., m, d_v).
     """
     return torch.stack([state.output for state in sharded_states(q, blocks, lengths)])
 
@@ -119,3 +121,9 @@ def sharded_attention(
 def _start() -> None:
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+        atexit.register(_stop)  # a process that ends with the group's threads at work may abort
+
+
+def _stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -200,8 +200,8 @@ def _checked(q: Tensor, blocks) -> Iterator[tuple[Tensor, Tensor]]:
 def stream_states(q: Tensor, blocks: Iterable[tuple[Tensor, Tensor]], lengths: Sequence[int]) -> Iterator[Partial]:
     """The state after each prefix of a stream of keys, which come block by block and are never held together.
 
-    Memory is that of two blocks and of the state, however many keys go by. Blocks may differ in size: they are cut where
-    a length falls inside. Reading stops at the last length.
+    Memory is that of two blocks and of the state, however many keys go by. Blocks may differ in size: they are cut
+    where a length falls inside. Reading stops at the last length.
 
     Parameters
     ----------
@@ -229,8 +229,8 @@ def drawn_blocks(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Tokens start, ..., stop - 1 of an endless sequence of draws from a law, block by block, as keys and as values.
 
-    Every DRAW_BLOCK tokens have a random stream of their own, `runtime.stream(seed, number of the block)`. So token i is
-    the same whoever reads it, and whatever was read before.
+    Every DRAW_BLOCK tokens have a random stream of their own, `runtime.stream(seed, number of the block)`. So token i
+    is the same whoever reads it, and whatever was read before.
 
     Parameters
     ----------
@@ -306,8 +306,8 @@ def prefix_moments(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> M
 
     Parameters
     ----------
-    q, k : (..., n, d) and v : (..., n, d_v): queries, keys and values of the same n tokens, as `partial_attention` takes
-        them: with q (s, n, d) and k (n, d), s heads look at the same tokens.
+    q, k : (..., n, d) and v : (..., n, d_v): queries, keys and values of the same n tokens, as `partial_attention`
+        takes them: with q (s, n, d) and k (n, d), s heads look at the same tokens.
     lengths : increasing integers from 1 to n.
 
     Returns
