@@ -12,7 +12,7 @@ from scipy import stats
 from tokcx_lib import finite_n, moment_bias, records, runtime
 from tokcx_lib.cli import main
 from tokcx_lib.experiments import exact
-from tokcx_lib.experiments.gaussian import random_head
+from tokcx_lib.sweeps import random_head
 from tokcx_lib.softmax_law import softmax_moments
 from tokcx_lib.streaming import self_attention_moments
 
