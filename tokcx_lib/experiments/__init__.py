@@ -3,7 +3,7 @@
 Each module holds the experiments of one topic; this package puts them together, by name.
 """
 
-from tokcx_lib.experiments import gaussian, real_heads
+from tokcx_lib.experiments import gaussian, real_heads, sharp
 from tokcx_lib.runs import Experiment
 
-EXPERIMENTS: dict[str, Experiment] = dict(sorted((gaussian.EXPERIMENTS | real_heads.EXPERIMENTS).items()))
+EXPERIMENTS: dict[str, Experiment] = dict(sorted((gaussian.EXPERIMENTS | real_heads.EXPERIMENTS | sharp.EXPERIMENTS).items()))
