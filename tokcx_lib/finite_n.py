@@ -20,6 +20,7 @@ import numpy as np
 from scipy.integrate import quad
 from scipy.special import gammaln, log_ndtr, ndtr, ndtri_exp
 
+from tokcx_lib.softmax_law import SoftmaxMoments, softmax_moments  # noqa: F401  (part of this module's interface)
 from tokcx_lib.validation import as_count, as_positive
 
 _PANEL = 0.025  # distribution functions of extremes rise over about 1/sqrt(2 ln n): panels that follow this to n = 10^300

@@ -151,11 +151,12 @@ def _open(name: str, folder: Path, config: dict, made: dict, resume: bool) -> No
             done = len(list(folder.glob("*.csv")))
             raise ValueError(f"run: {folder} has {done} units of an unfinished run; resume it (--resume), or delete it")
         if resume:
-            different = sorted(k for k in config.keys() | there["config"].keys() if config.get(k) != there["config"].get(k))
-            if set(different) - {"replicates"}:
+            settings = (config.keys() | there["config"].keys()) - {"replicates"}  # of these there may be more than before
+            different = sorted(key for key in settings if config.get(key) != there["config"].get(key))
+            if different:
                 raise ValueError(f"resume: {folder} was made with another {', '.join(different)}; delete it to start anew")
-            made_before = there["sessions"]
-            sessions = made_before if _same_code(made_before[-1], made) else [*made_before, made]
+            before = there["sessions"]
+            sessions = before if _same_code(before[-1], made) else [*before, made]
             _write_state(state, config, sessions, finished=False)
             return
     # Units without a description are left over from a deletion that was cut short.
@@ -209,7 +210,7 @@ def _read_part(name: str, folder: Path, unit: tuple[int, ...]) -> tuple[Part, fl
     if packed:
         with np.load(BytesIO(packed), allow_pickle=False) as found:
             stored = dict(found)
-    return Part(pd.read_csv(BytesIO(rows), float_precision="round_trip"), stored), float(match[2])
+    return Part(pd.read_csv(BytesIO(rows)), stored), float(match[2])
 
 
 def _assemble(name: str, folder: Path, plan: Plan, config: dict, path) -> Path:
@@ -273,7 +274,7 @@ def verify(name: str, experiment: Experiment | None, device=None, path=None, bud
     worst = 0.0
     for unit in units:
         found = plan.work(*unit).table.reset_index(drop=True)
-        rows = (table[list(experiment.keys)] == unit).all(axis=1)
+        rows = (table[list(experiment.keys)].to_numpy() == np.array(unit)).all(axis=1)
         stored = table[rows].reset_index(drop=True)
         missing = [column for column in found if column not in stored]
         if missing or len(found) != len(stored):
