@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from tokcx_lib import binned, extremes, rates, runtime
+from tokcx_lib import binned, extremes, laws, rates, runtime
 from tokcx_lib.experiments import EXPERIMENTS
 
 SLOPES = [0.5, 2.0, 3.0]
@@ -116,6 +116,22 @@ def test_influence_has_mean_zero():
     for H in (-0.8, 0.6, 1.2):
         for values in (rates.influence(z[:, None], [[H]])[:, 0], rates.influence_square(z[:, None], [[H]])[:, 0, 0]):
             assert abs(torch.trapezoid(values * density, z)) < 1e-8
+
+
+def test_self_attention_is_an_average_of_influences():
+    """Mean and second moment in d = 2 against the means of the influence functions, over the same tokens."""
+    B = torch.tensor([[0.4, 0.1], [-0.2, 0.3]], dtype=torch.float64)
+    sizes, gaps = [], []
+    for r in range(20):
+        z = laws.Gaussian(torch.eye(2)).sample(2000, runtime.stream(9, r))
+        out = torch.softmax(z @ B.mT @ z.mT, 1) @ z
+        first = out.mean(0)
+        second = out.mT @ out / len(z) - B @ B.mT
+        linear = rates.influence(z, B).mean(0), rates.influence_square(z, B).mean(0)
+        sizes.append([first.norm().item(), second.norm().item()])
+        gaps.append([(first - linear[0]).norm().item(), (second - linear[1]).norm().item()])
+    # The remainder is of order 1/n; for the second moment most of it is the bias.
+    assert (np.mean(gaps, 0) < np.mean(sizes, 0) * [0.02, 0.15]).all()
 
 
 def test_influence_means_are_means():
