@@ -144,6 +144,53 @@ def _quartic(left, shift_left, right, shift_right, cov, metric) -> float:
     return total.item()
 
 
+def influence(z, B) -> Tensor:
+    """Influence of one whitened token on the mean of self-attention over Gaussian tokens, V = I (chapter 10).
+
+    psi(z) = B z + det(I + BB')^{-1/2} e^{z'Qz/2} (I - Q) z, Q = BB'(I + BB')^{-1}: the mean m_n of self-attention is
+    the mean of psi over the tokens, up to terms of smaller order.
+
+    Parameters
+    ----------
+    z : (..., d), whitened tokens; B : (d, d), cov^{1/2} A cov^{1/2}, the logit of query z_i and key z_j is z_j' B z_i.
+
+    Returns
+    -------
+    Tensor of shape (..., d), in units of whitened tokens; infinite where the exponential overflows
+
+    Raises
+    ------
+    ValueError
+        If shapes do not match, or anything is NaN or infinite.
+    """
+    z, B, Q, lift = _influence_parts(z, B)
+    return z @ B.mT + lift[..., None] * (z - z @ Q)
+
+
+def influence_square(z, B) -> Tensor:
+    """As `influence`, for the second moment (1/n) sum_i Gamma_n(x_i) Gamma_n(x_i)': shape (..., d, d), symmetric.
+
+    psi_2(z) = Bzz'B' - BB' + det(I + BB')^{-1/2} e^{z'Qz/2} (Qzz'(I - Q) + (I - Q)zz'Q - 2Q).
+    """
+    z, B, Q, lift = _influence_parts(z, B)
+    near, rest, image = z @ Q, z - z @ Q, z @ B.mT
+    cross = near[..., :, None] * rest[..., None, :]
+    own = image[..., :, None] * image[..., None, :] - B @ B.mT
+    return own + lift[..., None, None] * (cross + cross.mT - 2 * Q)
+
+
+def _influence_parts(z, B) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z, B, Q and det(I + BB')^{-1/2} e^{z'Qz/2} (...)."""
+    B = as_tensor("B", B, ndim=2)
+    B = as_square("B", B, B.shape[0])
+    z = as_vectors("z", z, B.shape[0])
+    B = B.to(z)
+    one_plus = torch.eye(len(B)).to(z) + B @ B.mT
+    Q = torch.linalg.solve(one_plus, B @ B.mT)
+    Q = (Q + Q.mT) / 2
+    return z, B, Q, torch.exp(((z @ Q) * z).sum(-1) / 2 - torch.linalg.slogdet(one_plus).logabsdet / 2)
+
+
 # Dudley's integral of sqrt(log(5/v)) over v in (0, 1/2), with the constant 4 sqrt(2) of the chaining sum (chapter 2).
 _CHAINING = 4 * math.sqrt(2) * (
     math.sqrt(math.log(10)) / 2 + 2.5 * math.sqrt(math.pi) * math.erfc(math.sqrt(math.log(10)))

@@ -473,7 +473,7 @@ def _scalar_moments(tokens: Tensor, slopes: Sequence[float], V, lengths: Sequenc
         for a, moments in zip(slopes, found):
             place = (a * y[:n] + reach) / step
             left = place.long().clamp(0, count - 2)
-            output = _cubic(place - left, first[left], first[left + 1], rise[left], rise[left + 1]).double()
+            output = hermite_cubic(place - left, first[left], first[left + 1], rise[left], rise[left + 1]).double()
             mean, cov = output.mean()[None], output.var(correction=0)[None, None]
             if values is not None:
                 mean, cov = values.to(mean) @ mean, values.to(cov) @ cov @ values.to(cov).mT
@@ -481,7 +481,7 @@ def _scalar_moments(tokens: Tensor, slopes: Sequence[float], V, lengths: Sequenc
     return [Moments(*(torch.stack(parts) for parts in zip(*moments))) for moments in found]
 
 
-def _cubic(u: Tensor, start: Tensor, end: Tensor, rise_start: Tensor, rise_end: Tensor) -> Tensor:
+def hermite_cubic(u: Tensor, start: Tensor, end: Tensor, rise_start: Tensor, rise_end: Tensor) -> Tensor:
     """Cubic on [0, 1] with the given values and slopes at its ends (Hermite)."""
     jump = end - start
     return start + u * (rise_start + u * (3 * jump - 2 * rise_start - rise_end + u * (rise_start + rise_end - 2 * jump)))
