@@ -10,7 +10,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.ticker import NullFormatter
 
 from tokcx_lib import finite_n
@@ -130,8 +130,9 @@ def phase_diagram(
     """
     s, n = np.geomspace(*loads, 120), np.geomspace(*tokens, 70)
     ends = [np.minimum(np.exp(np.minimum(c * s**2, 700)), 10 * tokens[1]) for c in (0.5, 2.0)]
-    for low, high, colour in zip((tokens[0] / 10, *ends), (*ends, 10 * tokens[1]), (1, 5, 0)):
-        ax.fill_between(s, low, high, where=high > low, color=PALETTE[colour], alpha=0.16, linewidth=0)
+    frozen, extremal, averaging = (1 - 0.16 * (1 - np.array(to_rgb(PALETTE[i]))) for i in (1, 5, 0))
+    for low, high, tint in zip((tokens[0] / 10, *ends), (*ends, 10 * tokens[1]), (frozen, extremal, averaging)):
+        ax.fill_between(s, low, high, where=high > low, color=tint, linewidth=0)
     for end in ends:
         ax.plot(s, end, "--", color=INK, linewidth=1.1)
     levels = np.log(sorted(errors))
@@ -147,9 +148,10 @@ def phase_diagram(
     ax.grid(False)
     level = tokens[0] * (tokens[1] / tokens[0]) ** 0.93
     clt, unfrozen = np.sqrt(np.log(level) / 2), np.sqrt(2 * np.log(level))
-    for low, high, text in (
-        (loads[0], clt, "errors like\n" + r"$1/\sqrt{n}$"),
-        (clt, unfrozen, "few tokens\ndecide"),
-        (unfrozen, loads[1], "frozen"),
+    for low, high, tint, text in (
+        (loads[0], clt, averaging, "errors like\n" + r"$1/\sqrt{n}$"),
+        (clt, unfrozen, extremal, "few tokens\ndecide"),
+        (unfrozen, loads[1], frozen, "frozen"),
     ):
-        ax.text(np.sqrt(low * high), level, text, ha="center", va="center")
+        ground = {"facecolor": tint, "edgecolor": "none", "pad": 2.0}  # contours do not run through the words
+        ax.text(np.sqrt(low * high), level, text, ha="center", va="center", bbox=ground)
