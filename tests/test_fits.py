@@ -190,6 +190,8 @@ def test_simulated_sweeps_can_be_run_alone_and_the_truth_comes_from_the_others()
     again = plan.work(1)
     pd.testing.assert_frame_equal(parts[1].table, again.table)
     table = plan.finish(pd.concat([part.table for part in parts], ignore_index=True), [part.arrays for part in parts])
+    stored = table[table["sweep"] == 1].reset_index(drop=True)
+    pd.testing.assert_frame_equal(stored[list(again.table)], again.table)  # as `tokcx verify` compares them
     name = "variance, H = 2"
     others = (parts[0].arrays[name] + parts[2].arrays[name]) / 2
     truth = -np.polyfit(np.log(config["lengths"]), np.log(others), 1)[0]

@@ -85,7 +85,7 @@ def interval_coverage(config: dict, device) -> Plan:
             truth=known,
             covered=known.between(table["low"], table["high"]),
             usual_covered=known.between(table["usual_low"], table["usual_high"]),
-        ).sort_values(["curve", "size", "sweep"], ignore_index=True)
+        )
 
     return Plan([(sweep,) for sweep in range(count)], work, {}, finish)
 
