@@ -5,8 +5,7 @@ import pytest
 from scipy.special import ive
 
 from tokcx_lib import fits, records
-from tokcx_lib.experiments.gaussian import random_head
-from tokcx_lib.sweeps import power_law_form
+from tokcx_lib.sweeps import power_law_form, random_head
 
 REPLICATES = 16
 

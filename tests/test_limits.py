@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 
 from tokcx_lib import laws, limits, sweeps
-from tokcx_lib.experiments.gaussian import random_head
+from tokcx_lib.sweeps import random_head
 from tokcx_lib.streaming import self_attention_moments
 
 KINDS = {"sphere": laws.UniformSphere, "ball": laws.UniformBall, "cube": laws.Uniform, "signs": laws.Rademacher}

@@ -116,8 +116,8 @@ def test_precision_is_a_choice():
 def test_small_horizons_have_slope_one_half():
     table = sweeps.horizon_sweep(laws.Gaussian(1.0), [[1.0]], None, [0.1], [100, 500, 2500], 150, seed=9)
     for error in ("mean_error", "cov_error"):
-        slope = fits.fit_slope(table, error)
-        assert slope.low < 0.5 < slope.high and slope.high - slope.low < 0.12
+        slope = fits.fit_slope(table, error, level=0.999)  # one draw: nineteen in twenty would not do
+        assert slope.low < 0.5 < slope.high and slope.stderr < 0.03
 
 
 def test_power_law_form():
@@ -165,7 +165,7 @@ def test_two_lengths_give_the_same_slope_both_ways():
     table = curve([0.4], 0.0)
     table["error"] *= np.random.default_rng(3).exponential(size=len(table))
     (local,) = fits.local_slopes(table, "error").itertuples()
-    assert (local.exponent, local.low, local.high) == pytest.approx(fits.fit_slope(table, "error"))
+    assert (local.exponent, local.low, local.high) == pytest.approx(fits.fit_slope(table, "error")[:3])
 
 
 @pytest.mark.parametrize(

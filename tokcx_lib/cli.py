@@ -1,4 +1,4 @@
-"""The command line: ``tokcx probe``, ``tokcx run``, ``tokcx verify``, ``tokcx --version``.
+"""The command line: ``tokcx probe``, ``predict``, ``run``, ``verify``, ``bench`` and ``--version``.
 
 Bad input ends with one line on standard error and exit code 2.
 """
@@ -43,6 +43,13 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--out", type=Path, help="folder for heads.csv and heads.png")
     probe.set_defaults(action=_probe)
 
+    predict = actions.add_parser("predict", help="what the exact law says of a load, or of a horizon")
+    predict.add_argument("--load", type=float, help="standard deviation of a query's logits")
+    predict.add_argument("--error", type=float, help="with --load: the relative error to reach")
+    predict.add_argument("--horizon", type=float, help="attention horizon H of a head with scalar Gaussian tokens")
+    predict.add_argument("--tokens", type=float, help="number of tokens n, such as 1e6")
+    predict.set_defaults(action=_predict)
+
     run = actions.add_parser("run", help="run a named experiment and keep its record")
     run.add_argument("name", help="the experiment")
     run.add_argument("--profile", choices=runtime.PROFILES, help="quick or full (default: TOKCX_PROFILE or quick)")
@@ -58,6 +65,14 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--seconds", type=float, default=60.0, help="time for units, roughly; 0: checksum only (default: 60)")
     verify.add_argument("--out", type=Path, help="folder of the record (default: the book's)")
     verify.set_defaults(action=_verify)
+
+    bench = actions.add_parser("bench", help="time streaming attention against the plain algorithm and others")
+    bench.add_argument("--profile", choices=runtime.PROFILES, default="full", help="full (default), or quick: a trial")
+    bench.add_argument("--only", type=lambda names: names.split(","), help="parts, such as moments,rate (default: all)")
+    bench.add_argument("--device", help="cpu, cuda, cuda:1 …")
+    out = Path("quick-records")
+    bench.add_argument("--out", type=Path, default=out, help=f"folder of the record (default: {out})")
+    bench.set_defaults(action=_bench)
     return parser
 
 
@@ -88,6 +103,51 @@ def _probe(options: argparse.Namespace) -> None:
         table.to_csv(options.out / "heads.csv", index=False, float_format="%.6g")
         _draw(table, options.out / "heads.png")
         print(f"wrote {options.out / 'heads.csv'} and {options.out / 'heads.png'}")
+
+
+def _predict(options: argparse.Namespace) -> None:
+    given = {name for name in ("load", "error", "horizon", "tokens") if getattr(options, name) is not None}
+    if not given or given not in ({"load"}, {"load", "error"}, {"load", "tokens"}, {"horizon", "tokens"}):
+        shown = " ".join(f"--{name}" for name in sorted(given)) or "none"
+        raise ValueError(f"predict: expected --load, with --error or --tokens, or --horizon and --tokens, got {shown}")
+    _predict_horizon(options.horizon, options.tokens) if "horizon" in given else _predict_load(options)
+
+
+def _predict_load(options: argparse.Namespace) -> None:
+    from tokcx_lib import finite_n
+    from tokcx_lib.validation import as_positive
+
+    load = as_positive("load", options.load)
+    budget = finite_n.token_budget(load)
+    print(f"load {load:g}, Gaussian tokens, one query")
+    print(f"  not frozen beyond        n = e^(s²/2) = {budget.unfrozen:.3g}")
+    print(f"  errors like 1/√n beyond  n = e^(2s²)  = {budget.clt:.3g}")
+    if options.error is not None:
+        needed = finite_n.sample_complexity(load, options.error)
+        print(f"  relative error {options.error:g} at   n = {needed:.4g}")
+    if options.tokens is not None:
+        found = finite_n.softmax_moments(options.tokens, load)
+        error = float(finite_n.relative_error(options.tokens, load))
+        print(f"  at n = {options.tokens:g}: reduced load {_reduced(load, options.tokens)}, relative error {error:.3g},")
+        print(f"    mean {float(found.mean):.4g} of {load:g}, 1 / participation {1 / float(found.participation):.4g} tokens")
+
+
+def _reduced(load: float, n: float) -> str:
+    import math
+
+    return f"{load / math.sqrt(2 * math.log(n)):.3f}" if n > 1 else "infinite"
+
+
+def _predict_horizon(horizon: float, n: float) -> None:
+    from tokcx_lib import finite_n, rates
+    from tokcx_lib.validation import as_positive
+
+    horizon = as_positive("horizon", horizon)
+    bias = finite_n.second_moment_bias(n, [[horizon]]).item()
+    print(f"horizon {horizon:g}, coupling {horizon**2:g}, scalar Gaussian tokens")
+    for kind, what in (("gaussian", "error of the moments"), ("bias", "bias of the second moment"), ("reported", "reported rate")):
+        print(f"  {what:26s} n^-{rates.exponent(horizon**2, kind):.4f}")
+    print(f"  at n = {n:g}: second moment {horizon**2 + bias:.4g}, limit {horizon**2:.4g} ({bias / horizon**2:+.2%})")
 
 
 def _draw(table, path: Path) -> None:
@@ -130,3 +190,14 @@ def _verify(options: argparse.Namespace) -> None:
     print(f"{options.name}: {meta['rows']} rows, sha256 {meta['sha256'][:12]} matches, device: {meta['device']}")
     if units:
         print(f"units {', '.join(map(str, units))} run again: no number differs by more than {difference:.1e} of the largest")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from tokcx_lib import bench, records
+
+    path = bench.run(options.profile, options.device, options.only, options.out)
+    table, meta = records.load(path.stem, options.out)
+    shown = table.drop(columns=["low", "high"])
+    print(shown.to_string(index=False, float_format=lambda number: f"{number:.3g}"))
+    print(*meta["notes"], sep="\n", end="\n" if meta["notes"] else "")
+    print(f"wrote {path}, device: {meta['device']}")

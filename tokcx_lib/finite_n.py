@@ -1,6 +1,10 @@
-"""Exact laws at a finite number of tokens: the mean of hardmax attention (in one dimension, the midrange).
+"""Exact laws at a finite number of tokens: how many a query needs, and the mean of hardmax attention.
 
-With scalar tokens and a horizon that grows without bound, a query picks the largest token if it is positive and the
+The exact law of softmax over n tokens is in `softmax_law`, that of the moments of self-attention in `moment_bias`; both
+are at hand here (`softmax_moments`, `second_moment_bias`). This module inverts the first: **token budgets** of a query,
+by leading order (`token_budget`) and exactly (`sample_complexity`). Derivations: chapter 9.
+
+The rest is hardmax. With scalar tokens and a horizon that grows without bound, a query picks the largest token if it is positive and the
 smallest if it is negative (`attention.hardmax_map`). The mean of what n tokens N(0, sigma^2) report is then
 
 * for **fresh queries**, half of the law on each side: the midrange M = (max + min) / 2;
@@ -15,11 +19,15 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from scipy.integrate import quad
+from scipy.optimize import brentq
 from scipy.special import gammaln, log_ndtr, ndtr, ndtri_exp
 
+from tokcx_lib.moment_bias import second_moment_bias  # noqa: F401
+from tokcx_lib.softmax_law import MOST_TOKENS, map_error, softmax_moments  # noqa: F401
 from tokcx_lib.validation import as_count, as_positive
 
 _PANEL = 0.025  # distribution functions of extremes rise over about 1/sqrt(2 ln n): panels that follow this to n = 10^300
@@ -31,6 +39,93 @@ def _as_number_of_tokens(n) -> float:
     if not 1 <= number < math.inf:
         raise ValueError(f"n: expected a finite number >= 1, got {n}")
     return number
+
+
+class TokenBudget(NamedTuple):
+    """Numbers of tokens: `unfrozen` = e^{s^2/2}, beyond which many tokens share the attention, `clt` = e^{2 s^2}."""
+
+    unfrozen: float
+    clt: float
+
+
+def token_budget(load: float) -> TokenBudget:
+    """Tokens that a query of load s needs to leave the frozen phase, and to reach errors like 1/sqrt(n).
+
+    Leading exponential order, for Gaussian logits: the reduced load s / sqrt(2 log n) falls below 1 at n = e^{s^2/2} and
+    below 1/2 at n = e^{2 s^2}. Infinite where that overflows.
+
+    Raises
+    ------
+    ValueError
+        If the load is not a finite number >= 0.
+
+    Source: chapter 9; the transition of the random energy model (Bovier, Kurkova, Loewe 2002).
+    """
+    square = _as_load(load) ** 2
+    return TokenBudget(*(math.exp(x) if x < 709 else math.inf for x in (square / 2, 2 * square)))
+
+
+def _as_load(load) -> float:
+    number = float(load)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"load: expected a finite number >= 0, got {load}")
+    return number
+
+
+def relative_error(n, load) -> np.ndarray:
+    """Root mean square error of attention at a query of load s, relative to s: sqrt(E(Gamma_n - s)^2) / s.
+
+    One-dimensional Gaussian law: the component along which the query looks, in units of the tokens, against its limit s.
+
+    Parameters
+    ----------
+    n : numbers of tokens, real, from 1 to 1e250; load : numbers > 0. They broadcast.
+
+    Raises
+    ------
+    ValueError
+        If n or a load is out of range.
+
+    Source: chapter 9.
+    """
+    load = np.asarray(load, dtype=float)
+    if not (load > 0).all():
+        raise ValueError(f"load: expected positive numbers, got {load if load.ndim == 0 else load.ravel()[:8]}")
+    return np.sqrt(map_error(n, load)) / load
+
+
+def sample_complexity(load: float, error: float) -> float:
+    """Tokens after which a query of load s has a relative error of at most `error`: E(Gamma_n - s)^2 <= error^2 s^2.
+
+    Inverts `relative_error`, which falls with n, for real n. Exact, where `token_budget` is of leading order.
+
+    Parameters
+    ----------
+    load : positive; error : positive, relative root mean square error.
+
+    Returns
+    -------
+    float, the smallest such n >= 1: rounded up to an integer below 10^15, beyond that to about ten digits
+
+    Raises
+    ------
+    ValueError
+        If load or error is not positive and finite, or more than 1e250 tokens are needed.
+
+    Source: chapter 9.
+    """
+    load, error = as_positive("load", load), as_positive("error", error)
+
+    def excess(log_n: float) -> float:
+        return float(np.log(relative_error(math.exp(log_n), load) / error))
+
+    last = math.log(MOST_TOKENS) - 1e-9
+    if excess(0.0) <= 0:
+        return 1.0
+    if excess(last) > 0:
+        raise ValueError(f"load, error: expected a pair that takes at most {MOST_TOKENS:g} tokens, got {load}, {error}")
+    n = math.exp(brentq(excess, 0.0, last, xtol=1e-13, rtol=1e-12))
+    return float(math.ceil(n - 1e-9 * n)) if n < 1e15 else n
 
 
 def _level(log_p: float) -> float:

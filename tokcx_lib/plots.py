@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import NullFormatter
 
+from tokcx_lib import finite_n
+
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
 INK = "#000000"
 FAINT = "#767676"
@@ -107,3 +109,47 @@ def head_map(ax: Axes, table: pd.DataFrame, value: str, title: str, log: bool = 
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
     return image
+
+
+def phase_diagram(
+    ax: Axes,
+    loads: tuple[float, float] = (0.3, 20.0),
+    tokens: tuple[float, float] = (10.0, 1e12),
+    errors=(0.5, 0.2, 0.1, 0.05, 0.02, 0.01),
+    heads: pd.DataFrame | None = None,
+) -> None:
+    """The phases of a query in the plane of its load and the number of tokens, with contours of its relative error.
+
+    Tints and dashed lines: the token budgets n = e^{s^2/2} and n = e^{2 s^2} (`finite_n.token_budget`), reduced load 1
+    and 1/2. Contours: `finite_n.relative_error`, the exact law of Gaussian tokens. Both axes are logarithmic.
+
+    Parameters
+    ----------
+    loads, tokens : ranges of the axes; errors : relative errors to draw contours of.
+    heads : marks to draw: columns load and tokens, and, where wanted, colour (one for each mark).
+    """
+    s, n = np.geomspace(*loads, 120), np.geomspace(*tokens, 70)
+    ends = [np.minimum(np.exp(np.minimum(c * s**2, 700)), 10 * tokens[1]) for c in (0.5, 2.0)]
+    for low, high, colour in zip((tokens[0] / 10, *ends), (*ends, 10 * tokens[1]), (1, 5, 0)):
+        ax.fill_between(s, low, high, where=high > low, color=PALETTE[colour], alpha=0.16, linewidth=0)
+    for end in ends:
+        ax.plot(s, end, "--", color=INK, linewidth=1.1)
+    levels = np.log(sorted(errors))
+    logarithm = np.log(finite_n.relative_error(n[:, None], s))
+    ax.set(xscale="log", yscale="log", xlim=loads, ylim=tokens, xlabel="load $s$", ylabel="tokens $n$")
+    curves = ax.contour(s, n, logarithm, levels, colors=INK, linestyles="-", linewidths=0.9, alpha=0.75)
+    left = s[8]
+    places = [(left, np.exp(np.interp(-x, -logarithm[:, 8], np.log(n)))) for x in levels]
+    ax.clabel(curves, fmt=lambda level: f"{100 * np.exp(level):.3g}%", fontsize=10, manual=places)
+    if heads is not None:
+        colour = heads["colour"] if "colour" in heads else PALETTE[0]
+        ax.scatter(heads["load"], heads["tokens"], s=26, c=colour, alpha=0.75, edgecolors="none", zorder=3)
+    ax.grid(False)
+    level = tokens[0] * (tokens[1] / tokens[0]) ** 0.93
+    clt, unfrozen = np.sqrt(np.log(level) / 2), np.sqrt(2 * np.log(level))
+    for low, high, text in (
+        (loads[0], clt, "errors like\n" + r"$1/\sqrt{n}$"),
+        (clt, unfrozen, "few tokens\ndecide"),
+        (unfrozen, loads[1], "frozen"),
+    ):
+        ax.text(np.sqrt(low * high), level, text, ha="center", va="center")

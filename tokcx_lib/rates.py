@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def exponent(psi: float, kind: str) -> float:
         ``balance``: 1/(2(1 + psi)), the reference curve drawn by the same authors;
         ``subgaussian``: min(1/2, 1/(4 psi)), a lower bound on the exponent of sub-Gaussian tokens (ours, chapter 10);
         ``gaussian``: min(1/2, 1/(1 + psi)), the exponent of Gaussian tokens (ours, chapter 10);
-        ``bias``: min(1, (sqrt(1 + 4/psi) - 1)/2), the exponent of the bias of the second moment (ours, chapter 9).
+        ``bias``: min(1, (sqrt(1 + 4/psi) - 1)/2), the exponent of the bias of the second moment (ours, chapter 10).
 
     Raises
     ------
@@ -76,6 +77,118 @@ def clt_covariance(law: Law, t) -> Tensor:
     growth = torch.exp(law.log_mgf(2 * t) - 2 * law.log_mgf(t))
     shift = law.tilted_mean(2 * t) - law.tilted_mean(t)
     return growth[..., None, None] * (law.tilted_cov(2 * t) + shift[..., :, None] * shift[..., None, :])
+
+
+class MomentConstants(NamedTuple):
+    """First-order limits of n E||m_n - m||^2 (`mean`) and n E||C_n - C||_F^2 (`cov`)."""
+
+    mean: float
+    cov: float
+
+
+def moment_constants(B, W=None) -> MomentConstants:
+    """Constants of the moments of self-attention over Gaussian tokens: root mean square errors sqrt(constant / n).
+
+    In whitened coordinates z, with G = B B', Q = G (I + G)^-1 and R(z) = det(I + G)^-1/2 e^{z'Qz/2}, a token z moves the
+    mean by psi(z) / n and the second moment by phi(z) / n,
+
+        psi(z) = B z + R(z) (I - Q) z,
+        phi(z) = B z z' B' - G + R(z) [(I - Q) z z' Q + Q z z' (I - Q) - 2 Q],
+
+    and the constants are E||W psi||^2 = tr W (G + B + B' + det(I - G^2)^-1/2 (I - G^2)^-1) W' and E||W phi W'||_F^2, by
+    Gaussian fourth moments (chapter 5).
+
+    Parameters
+    ----------
+    B : (d, d), Sigma^{1/2} A Sigma^{1/2}; W : (d_v, d), V Sigma^{1/2}, None for the identity.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not match, or the horizon ||B||_2 is not below 1: then the constants are infinite.
+    """
+    B = as_tensor("B", B, ndim=2).double()
+    dim = B.shape[1]
+    B = as_square("B", B, dim)
+    horizon = torch.linalg.matrix_norm(B, 2).item()
+    if not horizon < 1:
+        raise ValueError(f"B: expected a horizon below 1, beyond which the constants are infinite, got {horizon:g}")
+    one = torch.eye(dim, dtype=torch.float64)
+    W = one if W is None else as_matrix("W", W, columns=dim).double()
+    metric, G = W.mT @ W, B @ B.mT
+    grown = torch.linalg.inv(one - G @ G)
+    mass = torch.linalg.det(grown).sqrt().item()  # E R^2, in units of the tilted law below
+    mean = torch.trace(metric @ (G + B + B.mT + mass * grown)).item()
+
+    Q = G @ torch.linalg.inv(one + G)
+    plain, tilted = [(B, B)], [(one - Q, Q), (Q, one - Q)]
+    # R tilts N(0, I) to the covariance (I - Q)^-1 = I + G with mass 1, and R^2 to (I - 2Q)^-1.
+    cov = (
+        _quartic(plain, G, plain, G, one, metric)
+        + 2 * _quartic(plain, G, tilted, 2 * Q, one + G, metric)
+        + mass * _quartic(tilted, 2 * Q, tilted, 2 * Q, torch.linalg.inv(one - 2 * Q), metric)
+    )
+    return MomentConstants(mean, cov)
+
+
+def _quartic(left, shift_left, right, shift_right, cov, metric) -> float:
+    """E <sum a z z' c' - shift, sum a z z' c' - shift> for z ~ N(0, cov), with <X, Y> = tr(metric X metric Y)."""
+    total = torch.trace(metric @ shift_left @ metric @ shift_right)
+    for pairs, other in ((left, shift_right), (right, shift_left)):
+        total -= sum(torch.trace(metric @ a @ cov @ c.mT @ metric @ other) for a, c in pairs)
+    for a, c in left:
+        for e, f in right:
+            x, y = f.mT @ metric @ a @ cov, c.mT @ metric @ e @ cov
+            turned = f.mT @ metric @ a @ cov @ e.mT @ metric @ c @ cov
+            total += torch.trace(x) * torch.trace(y) + torch.trace(x @ y) + torch.trace(turned)
+    return total.item()
+
+
+def influence(z, B) -> Tensor:
+    """Influence of one whitened token on the mean of self-attention over Gaussian tokens, V = I (chapter 10).
+
+    psi(z) = B z + det(I + BB')^{-1/2} e^{z'Qz/2} (I - Q) z, Q = BB'(I + BB')^{-1}: the mean m_n of self-attention is
+    the mean of psi over the tokens, up to terms of smaller order.
+
+    Parameters
+    ----------
+    z : (..., d), whitened tokens; B : (d, d), cov^{1/2} A cov^{1/2}, the logit of query z_i and key z_j is z_j' B z_i.
+
+    Returns
+    -------
+    Tensor of shape (..., d), in units of whitened tokens; infinite where the exponential overflows
+
+    Raises
+    ------
+    ValueError
+        If shapes do not match, or anything is NaN or infinite.
+    """
+    z, B, Q, lift = _influence_parts(z, B)
+    return z @ B.mT + lift[..., None] * (z - z @ Q)
+
+
+def influence_square(z, B) -> Tensor:
+    """As `influence`, for the second moment (1/n) sum_i Gamma_n(x_i) Gamma_n(x_i)': shape (..., d, d), symmetric.
+
+    psi_2(z) = Bzz'B' - BB' + det(I + BB')^{-1/2} e^{z'Qz/2} (Qzz'(I - Q) + (I - Q)zz'Q - 2Q).
+    """
+    z, B, Q, lift = _influence_parts(z, B)
+    near, rest, image = z @ Q, z - z @ Q, z @ B.mT
+    cross = near[..., :, None] * rest[..., None, :]
+    own = image[..., :, None] * image[..., None, :] - B @ B.mT
+    return own + lift[..., None, None] * (cross + cross.mT - 2 * Q)
+
+
+def _influence_parts(z, B) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z, B, Q and det(I + BB')^{-1/2} e^{z'Qz/2} (...)."""
+    B = as_tensor("B", B, ndim=2)
+    B = as_square("B", B, B.shape[0])
+    z = as_vectors("z", z, B.shape[0])
+    B = B.to(z)
+    one_plus = torch.eye(len(B)).to(z) + B @ B.mT
+    Q = torch.linalg.solve(one_plus, B @ B.mT)
+    Q = (Q + Q.mT) / 2
+    return z, B, Q, torch.exp(((z @ Q) * z).sum(-1) / 2 - torch.linalg.slogdet(one_plus).logabsdet / 2)
 
 
 # Dudley's integral of sqrt(log(5/v)) over v in (0, 1/2), with the constant 4 sqrt(2) of the chaining sum (chapter 2).

@@ -7,22 +7,31 @@ l = log sum_j e^{q.k_j}. Two disjoint sets of keys merge without looking at a ke
 
 The partial states come from PyTorch's fused kernels (flash attention on the CPU; memory-efficient attention in float32
 and flash attention in half precision on CUDA), which return the log-sum-exp and never hold the matrix of weights. The
-precision is that of the arguments. Logits are q.k as they are: scale the queries beforehand.
+precision is that of the arguments; states of float64 are kept in float64, all others in float32. Logits are q.k as they
+are: scale the queries beforehand.
+
+Batch axes come first. Those of keys and values may be fewer than those of the queries, and then match the last of
+them: queries (12, m, d) over keys (n, d) are 12 sets of queries that share their keys, which are not copied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tokcx_lib.validation import as_lengths, as_matrix, as_square, as_tensor, as_tokens, as_vectors, require_finite
+from tokcx_lib import runtime
+from tokcx_lib.laws import Law
+from tokcx_lib.validation import as_count, as_lengths, as_matrix, as_squares, as_tensor, as_vectors, require_finite
 
+DRAW_BLOCK = 16_384  # tokens drawn at once from one random stream
 KEY_BLOCK = 65_536  # keys handed to the kernel at once; bounds the copies made where head sizes are padded
-QUERY_BLOCK = 8_192  # queries whose outputs are held at once while moments are accumulated
+QUERY_BLOCK = 16_384  # queries whose outputs are held at once while moments are accumulated
+SMALL_BLOCK = 1_024  # least queries of each set in one call, however many sets there are: the kernels want many
+LOGITS = 2**26  # logits held at once where there is no fused kernel
 
 
 class Partial(NamedTuple):
@@ -38,16 +47,23 @@ class Moments(NamedTuple):
     mean: Tensor
     cov: Tensor
 
+    @property
+    def second_moment(self) -> Tensor:
+        """E[oo'] = cov + mean mean', (lengths, ..., d_v, d_v)."""
+        return self.cov + self.mean[..., :, None] * self.mean[..., None, :]
+
 
 def _check(q, k, v) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = as_tensor("q", q).detach(), as_tensor("k", k).detach(), as_tensor("v", v).detach()
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.ndim < 2 or 0 in tensor.shape:
             raise ValueError(f"{name}: expected shape (..., tokens, dimension), none zero, got {tuple(tensor.shape)}")
-        if tensor.shape[:-2] != q.shape[:-2]:
-            raise ValueError(f"{name}: expected batch {tuple(q.shape[:-2])} as in q, got shape {tuple(tensor.shape)}")
         if (tensor.dtype, tensor.device) != (q.dtype, q.device):
             raise ValueError(f"{name}: expected {q.dtype} on {q.device} as q, got {tensor.dtype} on {tensor.device}")
+    if k.ndim > q.ndim or k.shape[:-2] != q.shape[q.ndim - k.ndim : -2]:
+        raise ValueError(f"k: expected batch {tuple(q.shape[:-2])} as in q, or its end, got shape {tuple(k.shape)}")
+    if v.shape[:-2] != k.shape[:-2]:
+        raise ValueError(f"v: expected batch {tuple(k.shape[:-2])} as in k, got shape {tuple(v.shape)}")
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"k: expected dimension {q.shape[-1]} as in q, got shape {tuple(k.shape)}")
     if v.shape[-2] != k.shape[-2]:
@@ -60,7 +76,8 @@ def partial_attention(q: Tensor, k: Tensor, v: Tensor) -> Partial:
 
     Parameters
     ----------
-    q : (..., m, d); k : (..., n, d); v : (..., n, d_v), of one precision, on one device, the same batch axes.
+    q : (..., m, d); k : (..., n, d); v : (..., n, d_v), of one precision, on one device. Keys and values have the batch
+        axes of the queries, or the last of them, or none: then queries share keys.
 
     Returns
     -------
@@ -76,9 +93,18 @@ def partial_attention(q: Tensor, k: Tensor, v: Tensor) -> Partial:
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor) -> Partial:
+    shared = q.ndim - k.ndim
+    if shared:
+        # Queries that share their keys are so many queries more: the keys are not copied.
+        leading, inner = tuple(range(shared)), tuple(range(-2 - shared, -2))
+        folded = q.movedim(leading, inner)
+        state = _kernel(folded.reshape(*k.shape[:-2], -1, q.shape[-1]), k, v)
+        sizes = folded.shape[:-1]
+        output = state.output.reshape(*sizes, v.shape[-1]).movedim(inner, leading)
+        return Partial(output, state.lse.reshape(sizes).movedim(tuple(i + 1 for i in inner), leading))
     m, d_v = q.shape[-2], v.shape[-1]
     if q.device.type not in ("cpu", "cuda") or (q.device.type == "cuda" and q.dtype == torch.float64):
-        return _plain(q, k, v)
+        return _unfused(q, k, v)
     # The kernels want one head size for keys and values (on CUDA a multiple of 8); zeros change no logit or output.
     width = max(q.shape[-1], d_v)
     width += -width % 8 if q.device.type == "cuda" else 0
@@ -92,6 +118,13 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor) -> Partial:
     shape = q.shape[:-1]
     # The kernels pad queries of their log-sum-exp, and return it in at least float32.
     return Partial(output[..., :d_v].to(lse.dtype).reshape(*shape, d_v), lse[..., :m].reshape(shape))
+
+
+def _unfused(q: Tensor, k: Tensor, v: Tensor) -> Partial:
+    """For devices and precisions without a fused kernel: some queries at a time, so that LOGITS bounds the memory."""
+    rows = max(1, LOGITS * q.shape[-2] // (q[..., 0].numel() * k.shape[-2]))
+    parts = [_plain(part, k, v) for part in q.split(rows, -2)]
+    return Partial(torch.cat([part.output for part in parts], -2), torch.cat([part.lse for part in parts], -1))
 
 
 def _four_axes(x: Tensor, width: int) -> Tensor:
@@ -121,18 +154,99 @@ def merge(a: Partial, b: Partial) -> Partial:
     """
     if a.output.shape != b.output.shape or a.lse.shape != b.lse.shape:
         raise ValueError(f"b: expected output of shape {tuple(a.output.shape)} as in a, got {tuple(b.output.shape)}")
+    return _merge(a, b)
+
+
+def _merge(a: Partial, b: Partial, out: Tensor | None = None) -> Partial:
     # The weight comes from the difference of the two log-sum-exps, so both weights add up to 1 however large they are.
     weight = torch.sigmoid(b.lse - a.lse)[..., None]
-    return Partial(torch.lerp(a.output, b.output, weight), torch.logaddexp(a.lse, b.lse))
+    return Partial(torch.lerp(a.output, b.output, weight, out=out), torch.logaddexp(a.lse, b.lse))
 
 
-def _extend(state: Partial | None, q: Tensor, k: Tensor, v: Tensor, start: int, stop: int) -> Partial:
-    """The state after keys start..stop have been read as well, in blocks of KEY_BLOCK."""
-    for low in range(start, stop, KEY_BLOCK):
-        high = min(low + KEY_BLOCK, stop)
-        block = _kernel(q, k[..., low:high, :], v[..., low:high, :])
-        state = block if state is None else merge(state, block)
+def _join(state: Partial | None, q: Tensor, k: Tensor, v: Tensor) -> Partial:
+    """The state after some more keys have been read, in blocks of KEY_BLOCK."""
+    for keys, values in zip(k.split(KEY_BLOCK, -2), v.split(KEY_BLOCK, -2)):
+        block = _kernel(q, keys, values)
+        state = block if state is None else _merge(state, block, out=block.output)
     return state
+
+
+def _states(q: Tensor, blocks: Iterable[tuple[Tensor, Tensor]], lengths: list[int]) -> Iterator[Partial]:
+    """The state at each length, from blocks that are cut where a length falls inside."""
+    state, start, left = None, 0, list(lengths)
+    for k, v in blocks:
+        while k.shape[-2]:
+            size = min(k.shape[-2], left[0] - start)
+            state = _join(state, q, k[..., :size, :], v[..., :size, :])
+            k, v, start = k[..., size:, :], v[..., size:, :], start + size
+            if start == left[0]:
+                yield state
+                left.pop(0)
+                if not left:
+                    return
+    raise ValueError(f"blocks: expected {lengths[-1]} keys, got {start}")
+
+
+def _checked(q: Tensor, blocks) -> Iterator[tuple[Tensor, Tensor]]:
+    d_v = None
+    for k, v in blocks:
+        _, k, v = _check(q, k, v)
+        d_v = d_v or v.shape[-1]
+        if v.shape[-1] != d_v:
+            raise ValueError(f"v: expected dimension {d_v} as in the first block, got shape {tuple(v.shape)}")
+        yield k, v
+
+
+def stream_states(q: Tensor, blocks: Iterable[tuple[Tensor, Tensor]], lengths: Sequence[int]) -> Iterator[Partial]:
+    """The state after each prefix of a stream of keys, which come block by block and are never held together.
+
+    Memory is that of two blocks and of the state, however many keys go by. Blocks may differ in size: they are cut
+    where a length falls inside. Reading stops at the last length.
+
+    Parameters
+    ----------
+    q : (..., m, d).
+    blocks : pairs of keys (..., b, d) and values (..., b, d_v), as `partial_attention` takes them; for instance
+        `drawn_blocks`.
+    lengths : increasing integers >= 1.
+
+    Raises
+    ------
+    ValueError
+        At once if the lengths do not increase; while reading, as `partial_attention`, and if the blocks end too early.
+    """
+    q = as_tensor("q", q)
+    return _states(q, _checked(q, blocks), as_lengths("lengths", lengths, most=2**62))
+
+
+def stream_attention(q: Tensor, blocks: Iterable[tuple[Tensor, Tensor]], lengths: Sequence[int]) -> Tensor:
+    """`prefix_attention` over a stream of keys: outputs (len(lengths), ..., m, d_v). Arguments as `stream_states`."""
+    return torch.stack([state.output for state in stream_states(q, blocks, lengths)])
+
+
+def drawn_blocks(
+    law: Law, seed: int, start: int, stop: int, dtype: torch.dtype = torch.float32, device=None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens start, ..., stop - 1 of an endless sequence of draws from a law, block by block, as keys and as values.
+
+    Every DRAW_BLOCK tokens have a random stream of their own, `runtime.stream(seed, number of the block)`. So token i
+    is the same whoever reads it, and whatever was read before.
+
+    Parameters
+    ----------
+    law : of tokens in R^d; seed : names the sequence.
+    dtype : of the blocks; draws are made in float64 on the CPU.
+
+    Returns
+    -------
+    Iterator of pairs (tokens, tokens), of at most DRAW_BLOCK tokens each
+    """
+    start, stop = as_count("start", start, least=0), as_count("stop", stop, least=0)
+    for number in range(start // DRAW_BLOCK, -(-stop // DRAW_BLOCK) if start < stop else 0):
+        first = number * DRAW_BLOCK
+        tokens = law.sample(DRAW_BLOCK, runtime.stream(seed, number))
+        tokens = tokens[max(start - first, 0) : stop - first].to(device=runtime.device(device), dtype=dtype)
+        yield tokens, tokens
 
 
 def prefix_states(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Iterator[Partial]:
@@ -141,14 +255,7 @@ def prefix_states(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> It
     Parameters and errors as for `prefix_attention`.
     """
     q, k, v = _check(q, k, v)
-    return _prefix_states(q, k, v, as_lengths("lengths", lengths, most=k.shape[-2]))
-
-
-def _prefix_states(q, k, v, lengths):
-    state = None
-    for start, stop in zip([0] + lengths, lengths):
-        state = _extend(state, q, k, v, start, stop)
-        yield state
+    return _states(q, [(k, v)], as_lengths("lengths", lengths, most=k.shape[-2]))
 
 
 def prefix_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -156,7 +263,7 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) ->
 
     Parameters
     ----------
-    q : (..., m, d); k : (..., n, d); v : (..., n, d_v), of one precision, on one device, the same batch axes.
+    q : (..., m, d); k : (..., n, d); v : (..., n, d_v), as `partial_attention` takes them.
     lengths : increasing integers from 1 to n.
 
     Returns
@@ -194,12 +301,13 @@ def effective_tokens(q: Tensor, k: Tensor, lengths: Sequence[int]) -> Tensor:
 def prefix_moments(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Moments:
     """Mean and covariance of the outputs of self-attention over the first n tokens, for every n in `lengths`.
 
-    For each n, all of the first n queries attend to the first n keys. A block of queries reads the keys up to its own
-    end once, and then each later stretch of keys once: the work is that of the longest prefix alone.
+    For each n, all of the first n queries attend to the first n keys. Queries that were there at the last length read
+    the keys that have come since, and new ones all keys: the work is that of the longest prefix alone.
 
     Parameters
     ----------
-    q, k : (..., n, d) and v : (..., n, d_v): queries, keys and values of the same n tokens.
+    q, k : (..., n, d) and v : (..., n, d_v): queries, keys and values of the same n tokens, as `partial_attention`
+        takes them: with q (s, n, d) and k (n, d), s heads look at the same tokens.
     lengths : increasing integers from 1 to n.
 
     Returns
@@ -219,20 +327,34 @@ def prefix_moments(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> M
     # Attention commutes with a shift of the values. Around their mean, E[oo'] - E[o]E[o]' loses no digits.
     pivot = v[..., : lengths[-1], :].mean(-2, keepdim=True)
     v = v - pivot
-    total = torch.zeros(len(lengths), *v.shape[:-2], v.shape[-1], dtype=torch.float64, device=v.device)
+    total = torch.zeros(len(lengths), *q.shape[:-2], v.shape[-1], dtype=torch.float64, device=v.device)
     square = torch.zeros(*total.shape, v.shape[-1], dtype=torch.float64, device=v.device)
-    for first, (start, stop) in enumerate(zip([0] + lengths, lengths)):
-        for low in range(start, stop, QUERY_BLOCK):
-            block = q[..., low : min(low + QUERY_BLOCK, stop), :]
-            for i, state in enumerate(_prefix_states(block, k, v, lengths[first:]), first):
-                output = state.output.double()
-                total[i] += output.sum(-2)
-                square[i] += output.mT @ output
-    # Row i holds the queries that joined at length i and earlier: every row is complete once the loop ends.
+    step = max(QUERY_BLOCK // q.shape[:-2].numel(), SMALL_BLOCK)
+    for low in range(0, lengths[-1], step):
+        block = q[..., low : low + step, :]
+        for i, state in _growing_states(block, k, v, lengths, low):
+            total[i] += state.output.sum(-2, dtype=torch.float64)
+            square[i] += state.output.mT @ state.output
     count = torch.tensor(lengths, dtype=torch.float64, device=v.device)
     mean = total / count.reshape(-1, *[1] * (total.ndim - 1))
     cov = square / count.reshape(-1, *[1] * (square.ndim - 1)) - mean[..., :, None] * mean[..., None, :]
     return Moments(mean + pivot[..., 0, :].double(), cov)
+
+
+def _growing_states(q, k, v, lengths, low) -> Iterator[tuple[int, Partial]]:
+    """The number of each length and the state there, where query i, token low + i, is there once length exceeds it."""
+    state, start, there = None, 0, 0
+    for i, stop in enumerate(lengths):
+        now = min(stop - low, q.shape[-2])
+        if there:
+            state = _join(state, q[..., :there, :], k[..., start:stop, :], v[..., start:stop, :])
+        if now > there:
+            new = _join(None, q[..., there:now, :], k[..., :stop, :], v[..., :stop, :])
+            state = Partial(*(torch.cat(pair, axis) for pair, axis in zip(zip(state, new), (-2, -1)))) if there else new
+            there = now
+        if there:
+            yield i, state
+        start = stop
 
 
 def self_attention_moments(x: Tensor, A, V, lengths: Sequence[int], shift=None) -> Moments:
@@ -240,24 +362,33 @@ def self_attention_moments(x: Tensor, A, V, lengths: Sequence[int], shift=None) 
 
     Parameters
     ----------
-    x : (n, d), tokens; A : (d, d); V : (d_v, d) or None for the identity; shift : (d,) or None.
+    x : (..., n, d), tokens, for instance of several replicates.
+    A : (d, d), or a stack (s, ..., d, d) of forms that look at the same tokens: one pass serves all of them.
+    V : (d_v, d) or None for the identity; shift : (d,), or (s, ..., d) for a stack, or None.
     lengths : increasing integers from 1 to n.
 
     Returns
     -------
     Moments
-        mean (len(lengths), d_v) and cov (len(lengths), d_v, d_v), the covariance with divisor n, float64.
+        mean (len(lengths), s, ..., ..., d_v) and cov (len(lengths), s, ..., ..., d_v, d_v): the axes of the stack, then
+        those of the tokens. The covariance has divisor n; float64.
 
     Raises
     ------
     ValueError
         If shapes do not match, lengths do not increase or exceed n, or entries are not finite.
     """
-    x = as_tokens("x", x)
-    dim = x.shape[1]
-    q = x @ as_square("A", A, dim).to(x).mT
+    x = as_tensor("x", x)
+    if x.ndim < 2 or 0 in x.shape:
+        raise ValueError(f"x: expected shape (..., n, d), none zero, got {tuple(x.shape)}")
+    dim, ones = x.shape[-1], (1,) * (x.ndim - 2)
+    A = as_squares("A", A, dim).to(x)
+    q = x @ A.reshape(*A.shape[:-2], *ones, dim, dim).mT
     if shift is not None:
-        q = q + as_vectors("shift", shift, dim).to(x)
+        shift = as_vectors("shift", shift, dim).to(x)
+        if shift.shape[:-1] not in ((), A.shape[:-2]):
+            raise ValueError(f"shift: expected shape {(dim,)} or {(*A.shape[:-1],)}, got {tuple(shift.shape)}")
+        q = q + shift.reshape(*shift.shape[:-1], *ones, 1, dim)
     v = x if V is None else x @ as_matrix("V", V, columns=dim).to(x).mT
     require_finite("logits", q)
     return prefix_moments(q, x, v, lengths)

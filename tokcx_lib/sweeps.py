@@ -237,16 +237,37 @@ def gaussian_limit(law: Gaussian, A, V=None) -> Moments:
     return Moments(mean, matrix @ law.cov.double() @ matrix.mT)
 
 
-def power_law_form(dim: int, seed: int = 0) -> Tensor:
-    """A bilinear form (dim, dim) with singular values 1, 1/2, ..., 1/dim in two random bases, float64.
+def power_law_form(dim: int, seed: int = 0, decay: float = 1.0) -> Tensor:
+    """A bilinear form (dim, dim) with singular values k^-decay, k = 1, ..., dim, in two random bases, float64.
 
-    For tokens of covariance I its horizon is 1, and its queries differ in load.
+    For tokens of covariance I its horizon is 1 and its mean square load the sum of their squares: from 1 (rank one, where
+    `decay` is infinite) to dim (flat, where it is 0).
+
+    Raises
+    ------
+    ValueError
+        If `dim` is not a positive integer or `decay` is negative.
     """
+    if not decay >= 0:
+        raise ValueError(f"decay: expected a number >= 0, or infinity, got {decay}")
     stream = runtime.generator(seed)
     shape = (2, as_count("dim", dim), dim)
     bases, upper = torch.linalg.qr(torch.randn(shape, generator=stream, dtype=torch.float64))
     left, right = bases * upper.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]  # one sign on every machine
-    return left / torch.arange(1, dim + 1) @ right.mT
+    return left / torch.arange(1, dim + 1, dtype=torch.float64) ** decay @ right.mT
+
+
+def random_head(dim: int, seed: int) -> tuple[Tensor, Tensor]:
+    """A = W_K' W_Q / sqrt(dim) and V of a head whose three matrices have independent entries N(0, 1 / dim), float64.
+
+    Raises
+    ------
+    ValueError
+        If `dim` is not a positive integer.
+    """
+    shape = (3, as_count("dim", dim), dim)
+    query, key, value = torch.randn(shape, generator=runtime.stream(seed), dtype=torch.float64) / math.sqrt(dim)
+    return key.mT @ query / math.sqrt(dim), value
 
 
 def moment_sweep(
@@ -405,7 +426,9 @@ class _Heads:
 
     def moments(self, tokens: Tensor) -> list[Moments]:
         if not self.tabulate:
-            return [self_attention_moments(tokens, scale * self.A, self.V, self.lengths) for scale in self.scales]
+            stack = torch.stack([scale * self.A for scale in self.scales])
+            mean, cov = self_attention_moments(tokens, stack, self.V, self.lengths)
+            return [Moments(mean[:, i], cov[:, i]) for i in range(len(stack))]
         return _scalar_moments(tokens, [scale * self.A.item() for scale in self.scales], self.V, self.lengths)
 
     def errors(self, replicate: int, seed: int, dtype, place) -> tuple[list[tuple], Tensor]:
@@ -413,16 +436,12 @@ class _Heads:
         tokens = self.law.sample(self.lengths[-1], runtime.stream(seed, replicate)).to(place, dtype)
         rows, second = [], []
         for scale, limit, found in zip(self.scales, self.limits, self.moments(tokens)):
-            mean, cov = found.mean.cpu(), found.cov.cpu()
-            mean_error = torch.linalg.vector_norm(mean - limit.mean, dim=-1)
-            cov_error = torch.linalg.matrix_norm(cov - limit.cov)
+            found = Moments(*(part.cpu() for part in found))
+            mean_error = torch.linalg.vector_norm(found.mean - limit.mean, dim=-1)
+            cov_error = torch.linalg.matrix_norm(found.cov - limit.cov)
             rows += [(scale, replicate, *row) for row in zip(self.lengths, mean_error.tolist(), cov_error.tolist())]
-            second.append(_second_moment(mean, cov) - _second_moment(*limit))
+            second.append(found.second_moment - limit.second_moment)
         return rows, torch.stack(second)
-
-
-def _second_moment(mean: Tensor, cov: Tensor) -> Tensor:
-    return cov + mean[..., :, None] * mean[..., None, :]
 
 
 def _sweep(heads: _Heads, replicates, seed, dtype, device) -> pd.DataFrame:
@@ -454,7 +473,7 @@ def _scalar_moments(tokens: Tensor, slopes: Sequence[float], V, lengths: Sequenc
         for a, moments in zip(slopes, found):
             place = (a * y[:n] + reach) / step
             left = place.long().clamp(0, count - 2)
-            output = _cubic(place - left, first[left], first[left + 1], rise[left], rise[left + 1]).double()
+            output = hermite_cubic(place - left, first[left], first[left + 1], rise[left], rise[left + 1]).double()
             mean, cov = output.mean()[None], output.var(correction=0)[None, None]
             if values is not None:
                 mean, cov = values.to(mean) @ mean, values.to(cov) @ cov @ values.to(cov).mT
@@ -462,7 +481,7 @@ def _scalar_moments(tokens: Tensor, slopes: Sequence[float], V, lengths: Sequenc
     return [Moments(*(torch.stack(parts) for parts in zip(*moments))) for moments in found]
 
 
-def _cubic(u: Tensor, start: Tensor, end: Tensor, rise_start: Tensor, rise_end: Tensor) -> Tensor:
+def hermite_cubic(u: Tensor, start: Tensor, end: Tensor, rise_start: Tensor, rise_end: Tensor) -> Tensor:
     """Cubic on [0, 1] with the given values and slopes at its ends (Hermite)."""
     jump = end - start
     return start + u * (rise_start + u * (3 * jump - 2 * rise_start - rise_end + u * (rise_start + rise_end - 2 * jump)))

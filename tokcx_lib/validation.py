@@ -30,7 +30,8 @@ def as_tensor(name: str, value, ndim: int | None = None) -> Tensor:
 
 def require_finite(name: str, tensor: Tensor) -> None:
     """Raise ValueError if `tensor` holds NaN or infinity."""
-    if not torch.isfinite(tensor).all():
+    # The sum is finite unless an entry is not, or it overflows; looking at every entry takes many times longer.
+    if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
         raise ValueError(f"{name}: expected finite values, got NaN or infinity")
 
 
@@ -68,6 +69,14 @@ def as_square(name: str, value, dim: int) -> Tensor:
     if matrix.shape != (dim, dim):
         raise ValueError(f"{name}: expected shape {(dim, dim)}, got {tuple(matrix.shape)}")
     return matrix
+
+
+def as_squares(name: str, value, dim: int) -> Tensor:
+    """Square matrices (..., dim, dim): one, or a stack of them."""
+    matrices = as_tensor(name, value)
+    if matrices.shape[-2:] != (dim, dim) or 0 in matrices.shape:
+        raise ValueError(f"{name}: expected shape (..., {dim}, {dim}), got {tuple(matrices.shape)}")
+    return matrices
 
 
 def as_vectors(name: str, value, dim: int) -> Tensor:

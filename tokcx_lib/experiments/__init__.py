@@ -3,9 +3,11 @@
 Each module holds the experiments of one topic; this package puts them together, by name.
 """
 
-from tokcx_lib.experiments import bounded, gaussian, real_heads
+from tokcx_lib.experiments import bounded, coverage, exact, gaussian, real_heads, sharp
 from tokcx_lib.runs import Experiment
 
-EXPERIMENTS: dict[str, Experiment] = dict(
-    sorted((bounded.EXPERIMENTS | gaussian.EXPERIMENTS | real_heads.EXPERIMENTS).items())
-)
+_TOPICS = (bounded, coverage, exact, gaussian, real_heads, sharp)
+
+EXPERIMENTS: dict[str, Experiment] = {
+    name: topic.EXPERIMENTS[name] for topic in _TOPICS for name in sorted(topic.EXPERIMENTS)
+}

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from tokcx_lib import geometry, sweeps
-from tokcx_lib.experiments.gaussian import random_head
+from tokcx_lib.sweeps import random_head
 from tokcx_lib.laws import Rademacher, Uniform, UniformBall, UniformSphere
 from tokcx_lib.limits import Limit, bounded_limit
 from tokcx_lib.runs import Experiment, Part, Plan
