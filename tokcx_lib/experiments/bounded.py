@@ -9,10 +9,10 @@ import pandas as pd
 import torch
 
 from tokcx_lib import geometry, sweeps
-from tokcx_lib.sweeps import random_head
 from tokcx_lib.laws import Rademacher, Uniform, UniformBall, UniformSphere
 from tokcx_lib.limits import Limit, bounded_limit
 from tokcx_lib.runs import Experiment, Part, Plan
+from tokcx_lib.sweeps import random_head
 
 LAWS = {"sphere": UniformSphere, "ball": UniformBall, "cube": Uniform, "signs": Rademacher}
 
@@ -135,7 +135,7 @@ EXPERIMENTS = {
             "lengths": _lengths(300, 10_000, 8),
             "points": 2**17,
             "seed": 6_008,
-            "replicates": 40,
+            "replicates": 60,
         },
         quick={"lengths": [250, 500, 1000, 2000], "points": 2**12, "replicates": 10},
     ),
