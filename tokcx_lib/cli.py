@@ -6,6 +6,7 @@ Bad input ends with one line on standard error and exit code 2.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -120,8 +121,8 @@ def _predict_load(options: argparse.Namespace) -> None:
     load = as_positive("load", options.load)
     budget = finite_n.token_budget(load)
     print(f"load {load:g}, Gaussian tokens, one query")
-    print(f"  not frozen beyond        n = e^(s²/2) = {budget.unfrozen:.3g}")
-    print(f"  errors like 1/√n beyond  n = e^(2s²)  = {budget.clt:.3g}")
+    print(f"  not frozen beyond        n = e^(s²/2) = {_tokens(budget.unfrozen, load**2 / 2)}")
+    print(f"  errors like 1/√n beyond  n = e^(2s²)  = {_tokens(budget.clt, 2 * load**2)}")
     if options.error is not None:
         needed = finite_n.sample_complexity(load, options.error)
         print(f"  relative error {options.error:g} at   n = {needed:.4g}")
@@ -132,9 +133,12 @@ def _predict_load(options: argparse.Namespace) -> None:
         print(f"    mean {float(found.mean):.4g} of {load:g}, 1 / participation {1 / float(found.participation):.4g} tokens")
 
 
-def _reduced(load: float, n: float) -> str:
-    import math
+def _tokens(n: float, log_n: float) -> str:
+    """A number of tokens, which may be beyond the range of a float."""
+    return f"{n:.3g}" if math.isfinite(n) else f"10^{log_n / math.log(10):.1f}"
 
+
+def _reduced(load: float, n: float) -> str:
     return f"{load / math.sqrt(2 * math.log(n)):.3f}" if n > 1 else "infinite"
 
 
