@@ -57,6 +57,18 @@ def test_the_interval_covers_where_prefixes_share_tokens_and_the_usual_one_does_
     assert 1 - most <= np.mean([not slope.straight for slope in slopes]) <= 0.10
 
 
+def test_percentiles_would_be_too_short():
+    """Why the bootstrap is studentised: eight replicates, on the same resamples."""
+    tables = [running(sweep, 8) for sweep in range(SWEEPS)]
+    percentiles = []
+    for i, table in enumerate(tables):
+        sample = fits._resample(table, "error", 500, seed=i)
+        slopes = -np.polyfit(sample.log_n, np.log(sample.means[1:]).T, 1)[0]
+        percentiles.append(np.quantile(slopes, [0.025, 0.975]))
+    assert np.mean([low <= 0.5 <= high for low, high in percentiles]) < 0.91
+    assert held([fits.fit_slope(table, "error", resamples=500, seed=i) for i, table in enumerate(tables)]) > 0.92
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_interval_covers_with_many_replicates(weighted):

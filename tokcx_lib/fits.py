@@ -3,9 +3,9 @@
 An exponent is a linear function of the logarithms of the mean errors, so its standard error follows from the covariance
 of the errors between lengths, which the replicates show (the delta method). The interval is exponent +- q stderr, where
 q is the level's quantile of |exponent* - exponent| / stderr* over resamples of whole replicates: the symmetric
-studentised bootstrap (P. Hall, On symmetric bootstrap confidence intervals, J. R. Stat. Soc. B 50, 1988). With 20
-replicates the plain percentiles of the resampled exponents make too short an interval; the record
-``interval_coverage`` holds the simulation that says so.
+studentised bootstrap (P. Hall, On symmetric bootstrap confidence intervals, J. R. Stat. Soc. B 50, 1988). When
+replicates are few, the plain percentiles of the resampled exponents make too short an interval. The record
+``interval_coverage`` counts how often ours holds the truth.
 """
 
 from __future__ import annotations
