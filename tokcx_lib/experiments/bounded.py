@@ -93,7 +93,8 @@ def bounded_laws(config: dict, device) -> Plan:
             for (name, horizon), case in cases.items()
         ]
         columns = ["law", "horizon", "replicate", "n", "mean_error", "cov_error"]
-        return Part(pd.concat(rows, ignore_index=True)[columns])
+        # In the order of the record, so that a unit can be compared to its rows there.
+        return Part(pd.concat(rows)[columns].sort_values(["law", "horizon", "n"], ignore_index=True))
 
     def finish(table: pd.DataFrame, _) -> pd.DataFrame:
         return table.sort_values(["law", "horizon", "replicate", "n"], ignore_index=True)
