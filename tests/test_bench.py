@@ -1,5 +1,8 @@
 """A tiny run of each part gives the schema. What the times are is for the record to say, not for a test."""
 
+import subprocess
+import sys
+
 import pandas as pd
 import pytest
 import torch
@@ -27,6 +30,26 @@ def test_every_part_runs_and_makes_a_record(tmp_path, capsys):
     rounding = table[table["part"] == "precision"].set_index(["variant", "size", "quantity"])["value"]
     for quantity in ("change of mean_error", "change of cov_error"):
         assert rounding["float32", 100, quantity] < 1e-4 < rounding["bfloat16", 100, quantity]
+
+
+def test_peak_memory_is_that_of_the_process_not_of_its_parent():
+    ballast = torch.ones(150_000_000)  # 600 MB
+    code = "from tokcx_lib.bench import peak_memory; print(peak_memory())"
+    child = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert 50e6 < child < 600e6 <= ballast.nbytes < bench.peak_memory()
+
+
+def test_a_part_measured_again_replaces_its_rows_only(tmp_path):
+    bench.run(only=["rate", "moments"], path=tmp_path)
+    before = records.load("benchmarks", tmp_path)
+    bench.run(only=["moments"], path=tmp_path)
+    after = records.load("benchmarks", tmp_path)
+    kept = [record.table[record.table["part"] == "rate"].reset_index(drop=True) for record in (before, after)]
+    pd.testing.assert_frame_equal(*kept)
+    assert list(after.table["part"].unique()) == ["moments", "rate"] and list(after.meta["renewed"]) == ["moments"]
+    records.save("benchmarks", after.table, {**after.meta, "threads": 99}, tmp_path)
+    with pytest.raises(ValueError, match="only: the record there is of another threads"):
+        bench.run(only=["moments"], path=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["moments", "attention", "rate", "precision"])

@@ -130,17 +130,17 @@ def test_each_key_is_read_once_per_query_whatever_the_number_of_lengths(monkeypa
 def test_memory_does_not_hold_the_weights():
     """The peak of a child process stays far below the m x n matrix of weights (2 GB here)."""
     code = """
-import resource, torch
+import torch
+from tokcx_lib.bench import peak_memory
 from tokcx_lib.streaming import prefix_attention
 q, k = torch.randn(2048, 16), torch.randn(262_144, 16)
 prefix_attention(q, k[:1024], k[:1024], [1024])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_memory()
 prefix_attention(q, k, k, [1000, 100_000, 262_144])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak_memory() - before)
 """
     grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    unit = 1 if sys.platform == "darwin" else 1024
-    assert grown * unit < 100e6
+    assert 1e6 < grown < 100e6  # the outputs alone are some megabytes
 
 
 def test_effective_tokens_against_the_weights():
@@ -274,18 +274,19 @@ def test_drawn_tokens_do_not_depend_on_who_reads_them(monkeypatch):
 def test_ten_million_streamed_keys_take_the_memory_of_a_block():
     """Keys and values alone would be 640 MB in float32."""
     code = """
-import resource, torch
+import torch
+from tokcx_lib.bench import peak_memory
 from tokcx_lib.laws import Gaussian
 from tokcx_lib.streaming import drawn_blocks, stream_attention
 law, q = Gaussian(torch.eye(16)), torch.eye(8, 16) / 2
 stream_attention(q, drawn_blocks(law, 0, 0, 10**5), [10**5])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_memory()
 output = stream_attention(q, drawn_blocks(law, 0, 0, 10**7), [10**5, 10**7])[-1]
 assert torch.allclose(output, q, atol=0.01), (output - q).abs().max()  # the limit is the query itself
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak_memory() - before)
 """
     grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    assert grown * (1 if sys.platform == "darwin" else 1024) < 50e6
+    assert grown < 50e6
 
 
 def test_large_finite_entries_are_accepted():

@@ -75,7 +75,8 @@ def run(profile: str = "quick", device=None, only: list[str] | None = None, path
     Parameters
     ----------
     profile : ``full``, or ``quick`` (tiny sizes, which show that it works and nothing else).
-    only : names of parts; default all.
+    only : names of parts; default all. Where the folder has a record from the same device, profile and versions, its other
+        parts are kept, and it says under ``renewed`` which parts were measured later, and from which commit.
     path : folder of the record.
 
     Returns
@@ -114,7 +115,31 @@ def run(profile: str = "quick", device=None, only: list[str] | None = None, path
         "wall_seconds": round(time.perf_counter() - start, 1),
     }
     name = "benchmarks" if place.type == "cpu" else f"benchmarks_{place.type}"
-    return records.save(name, pd.DataFrame(rows), meta, path)
+    table = pd.DataFrame(rows)
+    if only is not None and (Path(records.folder(path)) / f"{name}.json").is_file():
+        table, meta = _renewed(records.load(name, path), table, meta)
+    return records.save(name, table, meta, path)
+
+
+def _renewed(record: records.Record, table: pd.DataFrame, meta: dict) -> tuple[pd.DataFrame, dict]:
+    """A record with some of its parts measured again."""
+    old = record.meta
+    same = ("device", "versions", "profile", "rounds", "processor", "instructions", "threads")
+    if different := [key for key in same if old[key] != meta[key]]:
+        raise ValueError(f"only: the record there is of another {', '.join(different)}; choose another folder")
+    parts = list(meta["sizes"])
+    kept = record.table[~record.table["part"].isin(parts)]
+    whole = pd.concat([kept, table])
+    whole = whole.sort_values("part", key=lambda column: column.map(list(PARTS).index), kind="stable")
+    made = {"commit": meta["commit"], "created": meta["created"]}
+    meta = {
+        **old,
+        "sizes": {**old["sizes"], **meta["sizes"]},
+        "notes": list(dict.fromkeys(old["notes"] + meta["notes"])),
+        "wall_seconds": round(old["wall_seconds"] + meta["wall_seconds"], 1),
+        "renewed": {**old.get("renewed", {}), **{part: made for part in parts}},
+    }
+    return whole, meta
 
 
 def _processor() -> str:
@@ -334,11 +359,22 @@ def _memory_child(task: dict, device: torch.device) -> dict:
             _plain_attention(q, k, k)
     _wait(device)
     seconds = time.perf_counter() - start
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
     return {"megabytes": peak / 1e6, "seconds": seconds}
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has held at once.
+
+    On Linux from the kernel's account of the process's own memory. What `getrusage` gives there is inherited from the
+    process that started this one, and so at least as large as that.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def ranks(sizes: dict, device: torch.device) -> tuple[list[dict], list[str]]:
