@@ -131,7 +131,11 @@ class RecordSource(RecordDirective):
         parts += [f"{package} {version}" for package, version in meta["versions"].items()]
         parts += [meta["created"][:10], f"commit {meta['commit'][:10]}"]
         text = ", ".join(filter(None, parts)) + "."
-        return [nodes.paragraph("", " ".join([text, *meta.get("notes", [])]))]
+        later = [
+            f"Measured again: {part} ({made['created'][:10]}, commit {made['commit'][:10]})."
+            for part, made in meta.get("renewed", {}).items()
+        ]
+        return [nodes.paragraph("", " ".join([text, *later, *meta.get("notes", [])]))]
 
 
 def setup(app):
