@@ -1,0 +1,283 @@
+"""How fast a real head converges: its moments under self-attention, and its map at fixed queries.
+
+There is no closed form for a law of real tokens, so a large sample stands for it.
+
+* **Moments.** The law is that of a *pool* of tokens, and its limit is known without error: self-attention over the whole
+  pool (`pool_moments`). Replicates draw from the pool with replacement, one token at a time or whole windows
+  (`moment_errors`). How far the pool is from the law that it was drawn from is its *noise floor*: the distance between
+  the moments of half of it and of all of it, which for an average of independent terms is as large, in mean square.
+* **Map.** The outputs of fixed queries, over tokens drawn from the pool (`drawn_map_errors`) or over running text: a stream of tokens is cut into segments; the outputs of fixed queries over the start of each segment are
+  compared to those over all the *other* segments (`map_errors`), so that reference and replicate share no token. The
+  noise floor is half the distance between the outputs over the two halves of the stream.
+* **Gaussian twin.** The same head on Gaussian tokens of the same mean and covariance, where limits are in closed form
+  (`twin_errors`) and errors of the map follow from the exact law of chapter 9 (`twin_map_error`). What real tokens do
+  beyond their first two moments is the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.interpolate import CubicSpline
+from torch import Tensor
+
+from tokcx_lib import runtime, softmax_law
+from tokcx_lib.heads import Head
+from tokcx_lib.laws import Gaussian
+from tokcx_lib.streaming import Moments, Partial, merge, prefix_moments, prefix_states, stream_states
+from tokcx_lib.validation import as_count, as_lengths, as_tokens
+
+LOAD_POINTS = 60  # loads at which the exact law is evaluated; between them, a cubic spline in logarithms
+
+
+def pool_moments(head: Head, pool: Tensor) -> tuple[Moments, Moments]:
+    """Self-attention over half of a pool and over all of it: mean (d_v,) and covariance (d_v, d_v) of each.
+
+    Parameters
+    ----------
+    pool : (N, d), tokens in an order that makes its first half like its second, such as windows in random order.
+
+    Returns
+    -------
+    (half, whole) : Moments, from one pass over the pool
+    """
+    pool = as_tokens("pool", pool)
+    mean, cov = prefix_moments(*head.project(pool), [len(pool) // 2, len(pool)])
+    return Moments(mean[0], cov[0]), Moments(mean[1], cov[1])
+
+
+def moment_errors(
+    head: Head,
+    pool: Tensor,
+    limit: Moments,
+    lengths: Sequence[int],
+    replicates: int,
+    seed: int,
+    window: int = 1,
+    alpha: float = 1.0,
+) -> pd.DataFrame:
+    """Errors of the moments of self-attention over n tokens drawn from a pool, with replacement.
+
+    Parameters
+    ----------
+    pool : (N, d), tokens to draw from; limit : moments of self-attention over all of it.
+    lengths : increasing n; the prefixes of one replicate share tokens.
+    seed : replicate r of head h in layer l draws from its own stream, so any of them can be run again alone.
+    window : tokens drawn at once, neighbours in the pool: 1 for independent draws, or the width of the contexts that
+        the pool consists of; then N and all lengths are multiples of it.
+    alpha : factor of the logits.
+
+    Returns
+    -------
+    DataFrame
+        replicate, n, mean_error = ||m_n - m||_2 and cov_error = ||C_n - C||_F.
+
+    Raises
+    ------
+    ValueError
+        If lengths do not increase, or the pool or a length is not made of whole windows.
+    """
+    pool, lengths = as_tokens("pool", pool), as_lengths("lengths", lengths, most=2**40)
+    q, k, v = head.project(pool)
+    rows = []
+    for replicate in range(as_count("replicates", replicates)):
+        drawn = _draw(head, pool, lengths, replicate, seed, window)
+        found = prefix_moments(alpha * q[drawn], k[drawn], v[drawn], lengths)
+        rows += _rows(replicate, lengths, found, limit)
+    return pd.DataFrame(rows, columns=["replicate", "n", "mean_error", "cov_error"])
+
+
+def _draw(head: Head, pool: Tensor, lengths: list[int], replicate: int, seed: int, window: int = 1) -> Tensor:
+    """Indices (n,) of tokens drawn from a pool with replacement, whole windows at a time."""
+    window = as_count("window", window)
+    if any(n % window for n in (len(pool), *lengths)):
+        raise ValueError(f"window: expected pool and lengths in multiples of {window}, got {len(pool)} and {lengths}")
+    stream = runtime.stream(seed, head.layer, head.head, replicate)
+    starts = window * torch.randint(len(pool) // window, (lengths[-1] // window,), generator=stream)
+    return (starts[:, None] + torch.arange(window)).reshape(-1).to(pool.device)
+
+
+def drawn_map_errors(
+    head: Head, queries: Tensor, pool: Tensor, lengths: Sequence[int], replicates: int, seed: int
+) -> pd.DataFrame:
+    """Errors of the map at fixed queries (m, d), over the tokens that `moment_errors` draws with the same seed.
+
+    Returns
+    -------
+    DataFrame
+        replicate, n and map_error: root mean square over queries of ||Gamma_n - Gamma||, Gamma over the whole pool.
+    """
+    pool, lengths = as_tokens("pool", pool), as_lengths("lengths", lengths, most=2**40)
+    q = head.project(as_tokens("queries", queries, pool.shape[1]))[0]
+    _, k, v = head.project(pool)
+    (limit,) = prefix_states(q, k, v, [len(pool)])
+    rows = []
+    for replicate in range(as_count("replicates", replicates)):
+        drawn = _draw(head, pool, lengths, replicate, seed)
+        for n, state in zip(lengths, prefix_states(q, k[drawn], v[drawn], lengths)):
+            rows.append((replicate, n, _mean_square(state.output - limit.output).sqrt().item()))
+    return pd.DataFrame(rows, columns=["replicate", "n", "map_error"])
+
+
+def _rows(replicate: int, lengths: Sequence[int], found: Moments, limit: Moments) -> list[tuple]:
+    mean = torch.linalg.vector_norm(found.mean - limit.mean, dim=-1)
+    cov = torch.linalg.matrix_norm(found.cov - limit.cov)
+    return [(replicate, *row) for row in zip(lengths, mean.tolist(), cov.tolist())]
+
+
+def twin_limit(head: Head, law: Gaussian) -> Moments:
+    """Moments of a head on Gaussian tokens at infinitely many tokens: mean (d_v,) and covariance (d_v, d_v), float64.
+
+    The map is V (mean + cov (A x + shift)) (chapter 1), so m = V (mean + cov (A mean + shift)), C = V cov A cov A' cov V'.
+    """
+    mean, cov = law.mean.double(), law.cov.double()
+    A, V = head.A.to(cov), head.V.to(cov)
+    slope = V @ cov @ A
+    return Moments(V @ mean + slope @ mean + V @ cov @ head.shift.to(cov), slope @ cov @ slope.mT)
+
+
+def twin_errors(
+    head: Head, law: Gaussian, lengths: Sequence[int], replicates: int, seed: int, device=None
+) -> pd.DataFrame:
+    """Errors of the moments of a head on Gaussian tokens: rows as those of `moment_errors`, in float32."""
+    limit = twin_limit(head, law)
+    lengths = as_lengths("lengths", lengths, most=2**40)
+    rows = []
+    for replicate in range(as_count("replicates", replicates)):
+        stream = runtime.stream(seed, head.layer, head.head, replicate)
+        tokens = law.sample(lengths[-1], stream).to(runtime.device(device), torch.float32)
+        found = prefix_moments(*head.project(tokens), lengths)
+        rows += _rows(replicate, lengths, Moments(*(part.cpu() for part in found)), limit)
+    return pd.DataFrame(rows, columns=["replicate", "n", "mean_error", "cov_error"])
+
+
+class RunningMoments:
+    """Mean (d,) and centred covariance (d, d), divisor n, float64, of tokens that come block by block.
+
+    Blocks are merged by Chan, Golub and LeVeque (1983): each block is centred at its own mean, so that no digits cancel.
+    """
+
+    def __init__(self):
+        self.count, self.mean, self.scatter = 0, None, None
+
+    def add(self, x: Tensor) -> None:
+        """Add a block of tokens (b, d)."""
+        size, mean = len(x), x.mean(0, dtype=torch.float64)
+        centred = x.double() - mean
+        scatter = centred.mT @ centred
+        if self.count == 0:
+            self.count, self.mean, self.scatter = size, mean, scatter
+            return
+        total, step = self.count + size, mean - self.mean
+        self.scatter += scatter + torch.outer(step, step) * (self.count * size / total)
+        self.mean = self.mean + step * (size / total)
+        self.count = total
+
+    @property
+    def cov(self) -> Tensor:
+        return (self.scatter + self.scatter.mT) / (2 * self.count)
+
+
+def segment_states(heads: Sequence[Head], queries: Tensor, blocks: Iterable[Tensor], lengths: Sequence[int]):
+    """Attention of fixed queries over the first n tokens of a segment, for the heads of one layer.
+
+    Parameters
+    ----------
+    heads : h heads of equal sizes that read the same tokens.
+    queries : (m, d), tokens of that layer.
+    blocks : the segment, block by block, (b, d) each; they are projected and dropped.
+    lengths : increasing n.
+
+    Returns
+    -------
+    list of Partial, one a length: output (h, m, d_v), lse (h, m)
+    """
+    q = torch.stack([head.project(queries)[0] for head in heads])
+
+    def keys_and_values():
+        for x in blocks:
+            _, k, v = zip(*(head.project(x) for head in heads))
+            yield torch.stack(k), torch.stack(v)
+
+    return list(stream_states(q, keys_and_values(), lengths))
+
+
+def map_errors(segments: Sequence[Sequence[Partial]]) -> tuple[Tensor, Tensor]:
+    """Mean square errors over queries of the map of each segment's prefixes, against all other segments.
+
+    Parameters
+    ----------
+    segments : of each segment the states of `segment_states`; the last is that of the whole segment.
+
+    Returns
+    -------
+    (errors, floor)
+        errors (segments, lengths, h): mean over queries of ||Gamma_n - Gamma||^2. floor (h,): what the reference adds
+        to them, estimated by a quarter of the mean square distance between the outputs over the two halves of the
+        segments: the mean square error of an average over all of them, if errors average out.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two segments.
+    """
+    count = len(segments)
+    if count < 2:
+        raise ValueError(f"segments: expected two or more, got {count}")
+    whole = [states[-1] for states in segments]
+    before, after = [None], [None]  # states over the segments before and after each
+    for i in range(count - 1):
+        before.append(_joined(before[-1], whole[i]))
+        after.append(_joined(after[-1], whole[count - 1 - i]))
+    errors = []
+    for i, states in enumerate(segments):
+        reference = _joined(before[i], after[count - 1 - i]).output
+        errors.append(torch.stack([_mean_square(state.output - reference) for state in states]))
+    half = count // 2
+    return torch.stack(errors), _mean_square(before[half].output - after[count - half].output) / 4
+
+
+def _joined(a: Partial | None, b: Partial | None) -> Partial:
+    return b if a is None else a if b is None else merge(a, b)
+
+
+def _mean_square(difference: Tensor) -> Tensor:
+    """Mean over queries of the squared norm of (..., m, d_v): (...), float64."""
+    return difference.double().square().sum(-1).mean(-1)
+
+
+def twin_map_error(head: Head, queries: Tensor, law: Gaussian, lengths: Sequence[float]) -> np.ndarray:
+    """Mean over queries of E||Gamma_n(x) - Gamma(x)||^2 if the keys were Gaussian: exact at any n, nothing fitted.
+
+    A query of load s looks along u = Sigma^{1/2}(A x + shift) / s. The component of the output along u has the error
+    `softmax_law.map_error`, and those orthogonal to u do not enter the weights: each has the variance of a weighted
+    mean, E sum w^2 (chapter 9). With M = Sigma^{1/2} V'V Sigma^{1/2} that makes u'Mu map_error + (tr M - u'Mu) P.
+
+    Parameters
+    ----------
+    queries : (m, d), tokens of the head's layer, whatever their law.
+    law : of the keys; lengths : numbers of tokens.
+
+    Returns
+    -------
+    Array (lengths,), in units of the outputs squared
+    """
+    cov = law.cov.double()
+    t = queries.double().to(cov.device) @ head.A.to(cov).mT + head.shift.to(cov)
+    pull = t @ cov  # Sigma t, so that u' M u = |V Sigma t|^2 / s^2
+    load = (pull * t).sum(-1).clamp(min=1e-12).sqrt()
+    along = (pull @ head.V.to(cov).mT).square().sum(-1) / load.square()
+    total = (head.V.to(cov) @ cov @ head.V.to(cov).mT).trace()
+    s, along, total = load.cpu().numpy(), along.cpu().numpy(), total.item()
+    grid = np.geomspace(0.999 * s.min(), 1.001 * s.max(), LOAD_POINTS)
+    n = np.asarray(list(lengths), dtype=float)[:, None]
+
+    def at_loads(values: np.ndarray) -> np.ndarray:
+        return np.exp(CubicSpline(np.log(grid), np.log(values), axis=1)(np.log(s)))
+
+    error = at_loads(softmax_law.map_error(n, grid))
+    share = at_loads(softmax_law.softmax_moments(n, grid).participation)
+    return (along * error + np.maximum(total - along, 0.0) * share).mean(1)
