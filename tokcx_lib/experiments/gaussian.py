@@ -265,7 +265,7 @@ EXPERIMENTS = {
     "gaussian_dimensions": Experiment(
         gaussian_dimensions,
         ("dim", "replicate"),
-        full={"factors": {1: 20, 2: 10, 8: 4, 50: 4, 200: 4}, **SMALL, "seed": 5_251},
+        full={"factors": {1: 20, 2: 8, 8: 3, 50: 3, 200: 3}, **SMALL, "seed": 5_251},
         quick={**QUICK, "factors": {1: 20, 2: 5, 8: 2, 50: 1}},
     ),
     "gaussian_reach": Experiment(
