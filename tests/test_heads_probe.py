@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, RobertaConfig, RobertaModel
+from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel, T5Config, T5EncoderModel
 
 from tokcx_lib import cli, corpora, fits, geometry, heads, laws, probe, runtime
 from tokcx_lib.experiments import real_heads
@@ -107,9 +107,9 @@ def test_weights_that_are_not_safetensors_are_refused(tmp_path, minilm):
         heads.load_model(str(tmp_path))
 
 
-def test_unsupported_architectures_are_named(tmp_path):
-    model = GPT2Model(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=20, n_positions=16))
-    with pytest.raises(ValueError, match="bert, roberta.*gpt2"):
+def test_unsupported_architectures_are_named():
+    model = T5EncoderModel(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=20))
+    with pytest.raises(ValueError, match="bert, roberta.*t5"):
         heads.heads(model)
 
 

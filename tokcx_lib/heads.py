@@ -2,9 +2,16 @@
 
 One head sends a query token x and a key token y to the logit <A x + shift, y> (plus a term that softmax cancels), with
 A = W_K' W_Q / sqrt(d_k) and shift = W_K' b_Q / sqrt(d_k) (chapter 1). The tokens of a layer are what its attention
-reads: the hidden states that enter it, special tokens left out.
+reads, special tokens left out: the hidden states that enter it, after the layer's normalisation where that comes first
+(GPT-2, Llama, Mistral, Qwen2).
 
-Supported: BERT and RoBERTa with absolute positions. Models load from safetensors only, never with remote code.
+Rotary positions turn queries and keys by angles that grow with their position, so the bilinear form depends on the
+distance between the two: `Head.at`. Causal heads (those of decoders) show a query only the keys up to its own position:
+there n is that position. The law that n tokens are drawn from is, for every head, that of keys pooled over all
+positions and windows; the keys that one causal query sees are its own past, and not such a sample.
+
+Supported: BERT, RoBERTa, DistilBERT, GPT-2, Llama, Mistral and Qwen2 (`architectures`). Models load from safetensors
+only, never with remote code.
 """
 
 from __future__ import annotations
@@ -13,14 +20,15 @@ import hashlib
 import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokcx_lib import runtime
+from tokcx_lib import architectures, runtime
+from tokcx_lib.architectures import SUPPORTED
 from tokcx_lib.validation import as_count
 
 EMBEDDED = "minilm"  # the packaged model: all-MiniLM-L6-v2, a BERT of 6 layers x 12 heads
@@ -28,7 +36,6 @@ EMBEDDED_SHA256 = {
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
 }
-SUPPORTED = ("bert", "roberta")
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,14 @@ class TextModel:
 
 @dataclass(frozen=True)
 class Head:
-    """One attention head: its projections (d_k, d) or (d_v, d), query bias (d_k,) or None, and logit scale."""
+    """One attention head: its projections (d_k, d) or (d_v, d), query bias (d_k,) or None, and logit scale.
+
+    Where heads share keys and values, each holds those of its group. `causal` heads see a query's own token and
+    earlier ones. `b_K` (d_k,) or None matters with rotary positions alone. `rotary`: the angles (d_k / 2,), in radians
+    a position, by which positions turn queries and keys; None for absolute positions, which are part of the tokens.
+
+    A, shift and `project` of a rotary head are those at distance 0; see `at`.
+    """
 
     layer: int
     head: int
@@ -55,6 +69,9 @@ class Head:
     W_V: Tensor
     b_Q: Tensor | None
     scale: float
+    causal: bool = False
+    b_K: Tensor | None = None
+    rotary: Tensor | None = None
 
     @property
     def A(self) -> Tensor:
@@ -73,15 +90,52 @@ class Head:
         """Value matrix (d_v, d), float64; the value bias only shifts every output and is left out."""
         return self.W_V.double()
 
+    def at(self, distance: int) -> Head:
+        """The head between a query and a key `distance` positions before it; with absolute positions, the head itself.
+
+        With rotary positions the logit of a query q at position i and a key k at position j is (R_i q).(R_j k), where
+        R_i turns the coordinates m and m + d_k / 2 of a vector by i times the m-th angle. That is (R_{i-j} q).k: a
+        head whose query projection is R_{i-j} W_Q, in float64, and which has no positions of its own.
+
+        The bias of the keys then adds (R_{i-j} q).b_K, which differs from one distance to the next: it cancels in
+        softmax over keys at one distance, and not over keys at several. `key_bias_term` of the head returned gives it.
+
+        Raises
+        ------
+        ValueError
+            If the distance is negative or not an integer.
+        """
+        distance = as_count("distance", distance, least=0)
+        if self.rotary is None:
+            return self
+        angles = distance * self.rotary.double()
+        b_Q = None if self.b_Q is None else _turn(self.b_Q.double(), angles)
+        return replace(self, W_Q=_turn(self.W_Q.double().mT, angles).mT, b_Q=b_Q, rotary=None)
+
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (n, d_k), keys (n, d_k) and values (n, d_v) of tokens (n, d), with logits q.k, in x's precision.
 
-        The bias of the keys cancels in softmax and is left out.
+        The bias of the keys cancels in softmax and is left out (with rotary positions see `at`).
         """
         q = x @ self.W_Q.to(x).mT
         if self.b_Q is not None:
             q = q + self.b_Q.to(x)
         return self.scale * q, x @ self.W_K.to(x).mT, x @ self.W_V.to(x).mT
+
+    def key_bias_term(self, x: Tensor) -> Tensor:
+        """What the bias of the keys adds to every logit of the queries of tokens (n, d): (n,), in x's precision.
+
+        It does not depend on the key. Logits <A x + shift, y> need it only to compare keys at different distances.
+        """
+        q, _, _ = self.project(x)
+        return q.new_zeros(len(q)) if self.b_K is None else q @ self.b_K.to(q)
+
+
+def _turn(vectors: Tensor, angles: Tensor) -> Tensor:
+    """Turn the coordinates m and m + d_k / 2 of vectors (..., d_k) in their plane by angle m of (d_k / 2,)."""
+    first, second = vectors.chunk(2, -1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
 def load_model(name_or_path: str = EMBEDDED, device=None) -> TextModel:
@@ -112,8 +166,7 @@ def load_model(name_or_path: str = EMBEDDED, device=None) -> TextModel:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        _require_supported(config)
+        architectures.architecture(_configuration(AutoConfig, source))
         model = AutoModel.from_pretrained(source, use_safetensors=True, trust_remote_code=False, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, use_fast=True)
     except OSError as error:
@@ -152,38 +205,49 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _require_supported(config) -> None:
-    positions = getattr(config, "position_embedding_type", None) or "absolute"
-    if config.model_type not in SUPPORTED or positions != "absolute":
-        raise ValueError(
-            f"model: expected one of {', '.join(SUPPORTED)} with absolute positions, "
-            f"got {config.model_type!r} with {positions} positions"
-        )
-
-
-def _attention_modules(model) -> list[nn.Module]:
-    """The self-attention modules of a BERT or RoBERTa, layer by layer."""
-    model = getattr(model, "model", model)
-    _require_supported(model.config)
-    return [m for m in model.modules() if isinstance(m, nn.Module) and type(m).__name__.endswith("SelfAttention")]
+def _configuration(AutoConfig, source: str):
+    """The configuration of a model; one of a kind that transformers cannot build is named like any unsupported one."""
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model: expected one of {', '.join(SUPPORTED)}, got {source!r} ({reason})") from error
 
 
 def heads(model) -> list[Head]:
-    """The heads of a model (or `TextModel`), layer by layer: a flat list of layers x query heads.
+    """The heads of a model, layer by layer: a flat list of layers x query heads.
+
+    Parameters
+    ----------
+    model : a `TextModel` or a Hugging Face model, with or without a task head, whatever its attention implementation.
 
     Raises
     ------
     ValueError
         If the architecture is not supported; the message names those that are.
     """
+    model = architectures.base_model(model)
+    modules = architectures.attention_modules(model)
+    kind, causal = architectures.architecture(model.config), architectures.is_causal(model.config)
+    angles, factor = architectures.rotary(model)
+    count = model.config.num_attention_heads
     found = []
-    for layer, module in enumerate(_attention_modules(model)):
-        count, size = module.num_attention_heads, module.attention_head_size
-        split = [p.weight.detach().reshape(count, size, -1) for p in (module.query, module.key, module.value)]
-        bias = module.query.bias
-        biases = [None] * count if bias is None else bias.detach().reshape(count, size)
-        found += [Head(layer, h, *(w[h] for w in split), biases[h], size**-0.5) for h in range(count)]
+    for layer, module in enumerate(modules):
+        maps = architectures.projections(kind, module)
+        size = len(maps[0][0]) // count
+        (W_Q, b_Q), (W_K, b_K), (W_V, _) = [_split(weight, bias, size) for weight, bias in maps]
+        shared = count // len(W_K)  # query heads to one head of keys and values
+        for h in range(count):
+            group = h // shared
+            own = W_Q[h], W_K[group], W_V[group], b_Q[h], module.scaling * factor
+            found.append(Head(layer, h, *own, causal=causal, b_K=b_K[group], rotary=angles))
     return found
+
+
+def _split(weight: Tensor, bias: Tensor | None, size: int) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """Weight (heads, size, d) and bias (heads, size), or a None for each head, of a map to all heads at once."""
+    weight = weight.reshape(-1, size, weight.shape[1])
+    return weight, [None] * len(weight) if bias is None else bias.reshape(-1, size)
 
 
 def tokenize(model: TextModel, text: str) -> np.ndarray:
@@ -222,28 +286,34 @@ def layer_streams(
     ValueError
         If a layer does not exist, the context exceeds the model's positions, or the text is empty.
     """
-    modules = _attention_modules(model)
+    base = architectures.base_model(model)
+    modules = architectures.attention_modules(base)
     for layer in layers:
         if not 0 <= layer < len(modules):
             raise ValueError(f"layer: expected 0 to {len(modules) - 1}, got {layer}")
-    config, tokenizer = model.model.config, model.tokenizer
-    # RoBERTa counts positions from padding_idx + 1, and its table is longer by as much.
-    offset = config.pad_token_id + 1 if config.model_type == "roberta" else 0
-    most = config.max_position_embeddings - offset
-    if not 3 <= as_count("context", context) <= most:
-        raise ValueError(f"context: expected 3 to {most} tokens, got {context}")
+    ends = architectures.special_tokens(base.config, model.tokenizer)
+    least, most = len(ends[0]) + len(ends[1]) + 1, architectures.most_positions(base.config)
+    if not least <= as_count("context", context) <= most:
+        raise ValueError(f"context: expected {least} to {most} tokens, got {context}")
     ids = torch.as_tensor(np.asarray(tokenize(model, text) if isinstance(text, str) else text).astype(np.int64))
     if ids.ndim != 1 or len(ids) == 0:
         raise ValueError(f"text: expected at least one token, got shape {tuple(ids.shape)}")
-    return _run_layers(model, modules, ids, list(layers), context - 2, batch)
+    return _run_layers(base, modules, _windows(ids, context - least + 1, batch), list(layers), ends)
 
 
-def _run_layers(model, modules, ids, layers, width, batch):
-    tokenizer, device = model.tokenizer, model.model.device
+def _windows(ids: Tensor, width: int, batch: int) -> list[Tensor]:
+    """Windows (b, width) of ids (n,), up to `batch` at once, and what remains in a last one (1, fewer)."""
     whole = len(ids) // width
     windows = list(ids[: whole * width].reshape(whole, width).split(batch)) if whole else []
     if len(ids) % width:
         windows.append(ids[whole * width :][None])
+    return windows
+
+
+def _run_layers(model, modules, windows, layers, ends):
+    before, after = (torch.tensor(end, dtype=torch.int64)[None] for end in ends)
+    # A decoder would keep the keys and values of every layer for a continuation that never comes.
+    options = {"use_cache": False} if architectures.is_causal(model.config) else {}
     read: dict[int, Tensor] = {}
 
     def reader(layer: int):
@@ -255,20 +325,20 @@ def _run_layers(model, modules, ids, layers, width, batch):
         return hook
 
     for block in windows:
-        first = torch.full((len(block), 1), tokenizer.cls_token_id)
-        last = torch.full((len(block), 1), tokenizer.sep_token_id)
-        inputs = torch.cat([first, block, last], 1).to(device)
+        rows = len(block)
+        inputs = torch.cat([before.expand(rows, -1), block, after.expand(rows, -1)], 1).to(model.device)
         hooks = [modules[i].register_forward_pre_hook(reader(i), with_kwargs=True) for i in set(layers)]
         try:
             with torch.inference_mode():
-                model.model(inputs)
+                model(inputs, **options)
         except _Reached:
             pass
         finally:
             for hook in hooks:
                 hook.remove()
         # Special tokens give context to the model; they are not drawn from the law of tokens, so they are left out.
-        yield [read[i][:, 1:-1].reshape(-1, read[i].shape[-1]).clone() for i in layers]
+        inside = slice(before.shape[1], before.shape[1] + block.shape[1])
+        yield [read[i][:, inside].reshape(-1, read[i].shape[-1]).clone() for i in layers]
 
 
 def token_stream(model: TextModel, text, layer: int, context: int = 256, batch: int = 16) -> Iterator[Tensor]:

@@ -1,0 +1,141 @@
+"""Where models of the supported architectures keep their attention, and what bounds and surrounds their text.
+
+An `Architecture` says what a family has in common: where its attention modules are and what their linear maps are
+called, whether attention is causal, and whether positions are rotary. What is one model's own (the number of heads,
+scales, frequencies, sliding windows) is read from that model.
+
+The logits of a supported head are a bilinear form of two tokens, up to rotary positions. That leaves out models that
+normalise queries and keys or cap the logits. A sliding window (Mistral, Qwen2) changes which keys a query sees and not
+its logits; it needs no entry here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One family: the path to its list of layers, that from a layer to its attention, and the names of the maps.
+
+    `maps` names the linear maps of queries, keys and values, or the one that holds all three (GPT-2).
+    """
+
+    layers: str
+    attention: str
+    maps: tuple[str, ...]
+    causal: bool = False
+    rotary: bool = False
+
+
+BERT = Architecture("encoder.layer", "attention.self", ("query", "key", "value"))
+LLAMA = Architecture("layers", "self_attn", ("q_proj", "k_proj", "v_proj"), causal=True, rotary=True)
+ARCHITECTURES = {
+    "bert": BERT,
+    "roberta": BERT,
+    "distilbert": Architecture("transformer.layer", "attention", ("q_lin", "k_lin", "v_lin")),
+    "gpt2": Architecture("h", "attn", ("c_attn",), causal=True),
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+}
+SUPPORTED = tuple(ARCHITECTURES)
+
+# Common families whose logits are no bilinear form, so that the message can say why they are left out.
+NORMALISED = ("qwen3", "qwen3_moe", "gemma3", "gemma3_text", "olmo2", "olmo3", "olmoe")
+
+
+def architecture(config) -> Architecture:
+    """The architecture of a model with this configuration.
+
+    Raises
+    ------
+    ValueError
+        If it is not supported; the message names those that are, and the reason where there is one to give.
+    """
+    kind = getattr(config, "model_type", type(config).__name__)
+    reason = _refusal(kind, config)
+    if kind not in ARCHITECTURES or reason:
+        because = f" ({reason})" if reason else ""
+        raise ValueError(f"model: expected one of {', '.join(SUPPORTED)}, got {kind!r}{because}")
+    return ARCHITECTURES[kind]
+
+
+def _refusal(kind: str, config) -> str | None:
+    """Why a model cannot be read as bilinear self-attention over one sequence, or None."""
+    if kind in NORMALISED:
+        return "it normalises queries and keys, so that its logits are not bilinear in the tokens"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "it caps its logits, which are then not bilinear in the tokens"
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        return "its cross-attention reads keys from another sequence"
+    if (positions := getattr(config, "position_embedding_type", None) or "absolute") != "absolute":
+        return f"its {positions} positions add terms to the logits"
+    if kind in ARCHITECTURES and ARCHITECTURES[kind].causal and not getattr(config, "is_causal", True):
+        return "with attention that is not causal"
+    return None
+
+
+def base_model(model) -> nn.Module:
+    """The model under a `TextModel` or under the task head of a Hugging Face model; else the model itself."""
+    if not isinstance(model, nn.Module):
+        model = getattr(model, "model", model)
+    return getattr(model, "base_model", model)
+
+
+def attention_modules(model) -> list[nn.Module]:
+    """The self-attention modules of a supported base model, layer by layer."""
+    kind = architecture(getattr(model, "config", model))
+    return [layer.get_submodule(kind.attention) for layer in model.get_submodule(kind.layers)]
+
+
+def projections(kind: Architecture, module: nn.Module) -> list[tuple[Tensor, Tensor | None]]:
+    """Weights (heads x size, d) and biases (heads x size,) or None of an attention's queries, keys and values."""
+    if len(kind.maps) == 1:  # GPT-2: one matrix (d, 3 x heads x size), which multiplies tokens from the right
+        packed = module.get_submodule(kind.maps[0])
+        return list(zip(packed.weight.detach().mT.chunk(3), packed.bias.detach().chunk(3)))
+    linear = [module.get_submodule(name) for name in kind.maps]
+    return [(m.weight.detach(), None if m.bias is None else m.bias.detach()) for m in linear]
+
+
+def is_causal(config) -> bool:
+    """Whether a query sees only itself and earlier keys: decoders, and a BERT that was set up as one."""
+    return architecture(config).causal or bool(getattr(config, "is_decoder", False))
+
+
+def rotary(model) -> tuple[Tensor | None, float]:
+    """Angles per position (d_k / 2,) of a base model's rotary positions, and the factor that they put on every logit.
+
+    None and 1 for absolute positions. Some ways of stretching rotary positions also scale queries and keys alike: the
+    logits carry the square of that. Others change the angles with the length of the context: these are the angles of
+    contexts within `most_positions`.
+    """
+    if not architecture(model.config).rotary:
+        return None, 1.0
+    embedding = model.rotary_emb
+    return embedding.original_inv_freq.detach(), float(embedding.attention_scaling) ** 2
+
+
+def most_positions(config) -> int:
+    """The longest context of a model, in tokens, its special tokens included."""
+    most = config.max_position_embeddings
+    if config.model_type == "roberta":  # counts positions from padding_idx + 1, and its table is longer by as much
+        most -= config.pad_token_id + 1
+    stretched = getattr(config, "rope_parameters", None) or {}
+    if stretched.get("rope_type") == "longrope":  # has other angles beyond the context it was first trained on
+        most = min(most, stretched["original_max_position_embeddings"])
+    return most
+
+
+def special_tokens(config, tokenizer) -> tuple[list[int], list[int]]:
+    """Ids of the special tokens before and after each window of text.
+
+    A window of a BERT-like model is [CLS] text [SEP]. One of a decoder starts with the token of the beginning where
+    its tokenizer puts that in front of a text (Llama, Mistral), and has no special token elsewhere (GPT-2, Qwen2).
+    """
+    if not architecture(config).causal:
+        return [tokenizer.cls_token_id], [tokenizer.sep_token_id]
+    begins = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return [tokenizer.bos_token_id] if begins else [], []
