@@ -235,3 +235,15 @@ def test_version_and_layers(capsys):
         with pytest.raises(SystemExit) as stop:
             cli.main(["probe", "--text", "scipy-docs", "--layers=" + wrong])
         assert stop.value.code == 2
+
+
+def test_special_tokens_on_request(minilm):
+    ids = heads.tokenize(minilm, "Attention over a law. " * 30)[:90]
+    kept = torch.cat([x for (x,) in heads.layer_streams(minilm, ids, [2], context=32, special=True)])
+    without = torch.cat(list(heads.token_stream(minilm, ids, 2, context=32)))
+    assert kept.shape == (3 * 32, 384)
+    windows = kept.reshape(3, 32, 384)
+    assert torch.equal(windows[:, 1:-1].reshape(-1, 384), without)
+    with torch.no_grad():
+        hidden = minilm.model(torch.tensor([[101, *ids[:30], 102]]), output_hidden_states=True).hidden_states[2]
+    assert torch.allclose(windows[0], hidden[0], atol=1e-5)

@@ -154,33 +154,6 @@ def twin_errors(
     return pd.DataFrame(rows, columns=["replicate", "n", "mean_error", "cov_error"])
 
 
-class RunningMoments:
-    """Mean (d,) and centred covariance (d, d), divisor n, float64, of tokens that come block by block.
-
-    Blocks are merged by Chan, Golub and LeVeque (1983): each block is centred at its own mean, so that no digits cancel.
-    """
-
-    def __init__(self):
-        self.count, self.mean, self.scatter = 0, None, None
-
-    def add(self, x: Tensor) -> None:
-        """Add a block of tokens (b, d)."""
-        size, mean = len(x), x.mean(0, dtype=torch.float64)
-        centred = x.double() - mean
-        scatter = centred.mT @ centred
-        if self.count == 0:
-            self.count, self.mean, self.scatter = size, mean, scatter
-            return
-        total, step = self.count + size, mean - self.mean
-        self.scatter += scatter + torch.outer(step, step) * (self.count * size / total)
-        self.mean = self.mean + step * (size / total)
-        self.count = total
-
-    @property
-    def cov(self) -> Tensor:
-        return (self.scatter + self.scatter.mT) / (2 * self.count)
-
-
 def segment_states(heads: Sequence[Head], queries: Tensor, blocks: Iterable[Tensor], lengths: Sequence[int]):
     """Attention of fixed queries over the first n tokens of a segment, for the heads of one layer.
 

@@ -266,7 +266,7 @@ class _Reached(Exception):
 
 
 def layer_streams(
-    model: TextModel, text, layers: Sequence[int], context: int = 256, batch: int = 16
+    model: TextModel, text, layers: Sequence[int], context: int = 256, batch: int = 16, special: bool = False
 ) -> Iterator[list[Tensor]]:
     """Tokens that enter the attention of several layers, in one forward pass, batch by batch.
 
@@ -276,10 +276,11 @@ def layer_streams(
     layers : which layers, counted from 0.
     context : tokens the model sees at once, its special tokens included; the last window may be shorter.
     batch : windows run at once.
+    special : whether to keep the special tokens of each window, in their places.
 
     Yields
     ------
-    list of Tensor (b, d), one for each layer, float32 on the model's device; special tokens left out
+    list of Tensor (b, d), one for each layer, float32 on the model's device; special tokens left out, unless asked for
 
     Raises
     ------
@@ -298,7 +299,7 @@ def layer_streams(
     ids = torch.as_tensor(np.asarray(tokenize(model, text) if isinstance(text, str) else text).astype(np.int64))
     if ids.ndim != 1 or len(ids) == 0:
         raise ValueError(f"text: expected at least one token, got shape {tuple(ids.shape)}")
-    return _run_layers(base, modules, _windows(ids, context - least + 1, batch), list(layers), ends)
+    return _run_layers(base, modules, _windows(ids, context - least + 1, batch), list(layers), ends, special)
 
 
 def _windows(ids: Tensor, width: int, batch: int) -> list[Tensor]:
@@ -310,7 +311,7 @@ def _windows(ids: Tensor, width: int, batch: int) -> list[Tensor]:
     return windows
 
 
-def _run_layers(model, modules, windows, layers, ends):
+def _run_layers(model, modules, windows, layers, ends, special):
     before, after = (torch.tensor(end, dtype=torch.int64)[None] for end in ends)
     # A decoder would keep the keys and values of every layer for a continuation that never comes.
     options = {"use_cache": False} if architectures.is_causal(model.config) else {}
@@ -337,7 +338,7 @@ def _run_layers(model, modules, windows, layers, ends):
             for hook in hooks:
                 hook.remove()
         # Special tokens give context to the model; they are not drawn from the law of tokens, so they are left out.
-        inside = slice(before.shape[1], before.shape[1] + block.shape[1])
+        inside = slice(None) if special else slice(before.shape[1], before.shape[1] + block.shape[1])
         yield [read[i][:, inside].reshape(-1, read[i].shape[-1]).clone() for i in layers]
 
 

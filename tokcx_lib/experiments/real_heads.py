@@ -137,7 +137,7 @@ def real_heads_maps(config: dict, device) -> Plan:
         chosen = [head for head in every if head.layer == layer]
         queries = probe.collect_tokens(model, asked, [layer])[0]
         queries = queries[torch.randperm(len(queries), generator=runtime.stream(seed, layer))[: config["queries"]]]
-        moments = convergence.RunningMoments()
+        moments = probe.RunningMoments(queries.shape[1], queries.device)
 
         def blocks(piece):
             for (x,) in layer_streams(model, piece, [layer]):
