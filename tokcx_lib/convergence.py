@@ -33,19 +33,21 @@ from tokcx_lib.validation import as_count, as_lengths, as_tokens
 LOAD_POINTS = 60  # loads at which the exact law is evaluated; between them, a cubic spline in logarithms
 
 
-def pool_moments(head: Head, pool: Tensor) -> tuple[Moments, Moments]:
+def pool_moments(head: Head, pool: Tensor, alpha: float = 1.0) -> tuple[Moments, Moments]:
     """Self-attention over half of a pool and over all of it: mean (d_v,) and covariance (d_v, d_v) of each.
 
     Parameters
     ----------
     pool : (N, d), tokens in an order that makes its first half like its second, such as windows in random order.
+    alpha : factor of the logits.
 
     Returns
     -------
     (half, whole) : Moments, from one pass over the pool
     """
     pool = as_tokens("pool", pool)
-    mean, cov = prefix_moments(*head.project(pool), [len(pool) // 2, len(pool)])
+    q, k, v = head.project(pool)
+    mean, cov = prefix_moments(alpha * q, k, v, [len(pool) // 2, len(pool)])
     return Moments(mean[0], cov[0]), Moments(mean[1], cov[1])
 
 

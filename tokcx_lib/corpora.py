@@ -1,8 +1,10 @@
 """Text by name or path.
 
 ``open_corpus`` looks, in this order, at a path; at a known name in the folder named by ``TOKCX_DATA``; at the Hugging
-Face hub. One corpus needs neither: ``scipy-docs``, the English of the installed scipy's docstrings, is the fixed text
-that the chapters' live cells run on, the same on every machine.
+Face hub. Three texts need neither. ``scipy-docs``, the English of the installed scipy's docstrings, is the fixed text
+that the chapters' live cells run on, the same on every machine. ``python-stdlib``, source code, is that of the running
+Python, and ``book`` is the prose of this book: both change with the version, so a record names the checksum of the text
+it was made on.
 """
 
 from __future__ import annotations
@@ -13,8 +15,11 @@ import gzip
 import hashlib
 import lzma
 import os
+import platform
 import re
+import sysconfig
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,11 +56,10 @@ KNOWN = {
         "wikipedia-en-20m.txt.xz", "75117029134977405da2066b7712e1bd783972eab60f2049847f5cee669a56b3"
     ),
     "wikipedia-de": _Known(
-        "wikipedia-de-2m.txt.xz", "564a6a7031e80956f7e3661a465ac3770a9ee858677ae5f420f4a5e499cc7ea9"
+        "wikipedia-de-2m.txt.xz", "ba7f3f95260fbff558f0ba87bff53d1ffed417b2736aca8b174c9680c17b0c8c"
     ),
 }
 
-NAMES = ("scipy-docs", *KNOWN)
 
 _OPENERS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 
@@ -63,8 +67,8 @@ _OPENERS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 def open_corpus(name_or_path: str | os.PathLike) -> Corpus:
     """Read a text by path (plain, .xz, .gz or .bz2, UTF-8) or by name.
 
-    Names: ``scipy-docs``, ``wikitext2-test``, ``wikitext2-valid``, ``wikipedia-en``, ``wikipedia-de``. A named text is
-    verified against its published checksum.
+    Names: ``scipy-docs``, ``wikitext2-test``, ``wikitext2-valid``, ``wikipedia-en``, ``wikipedia-de``, each verified
+    against its published checksum; ``python-stdlib`` and ``book``, which have none (see `python_stdlib`, `book`).
 
     Raises
     ------
@@ -75,10 +79,10 @@ def open_corpus(name_or_path: str | os.PathLike) -> Corpus:
     if path.is_file():
         return _corpus(path.name, _read(path), str(path))
     name = str(name_or_path)
-    if name == "scipy-docs":
-        return scipy_docs()
+    if name in MADE_HERE:
+        return MADE_HERE[name]()
     if name not in KNOWN:
-        raise ValueError(f"corpus: expected a file or one of {', '.join(NAMES)}, got {name!r}")
+        raise ValueError(f"corpus: expected a file or one of {', '.join([*MADE_HERE, *KNOWN])}, got {name!r}")
     known = KNOWN[name]
     folder = os.environ.get("TOKCX_DATA")
     if folder and (path := Path(folder) / known.file).is_file():
@@ -168,3 +172,76 @@ def _is_prose(line: str) -> bool:
         and letters >= 0.85 * len(line)
         and not any(mark in line for mark in (">>>", "---", "===", "+-", " : "))
     )
+
+
+NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "turtledemo"}
+
+
+def python_stdlib() -> Corpus:
+    """The source code of the running Python's standard library: its .py files, in the order of their paths.
+
+    Left out: installed packages, tests, the IDLE editor and the turtle demos, and files that are not UTF-8. The text
+    depends on the version of Python, which `source` names, and has no fixed checksum: a record names the checksum of the
+    text it was made on.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [path for path in root.rglob("*.py") if not NOT_LIBRARY & set(path.relative_to(root).parts)]
+    files.sort(key=lambda path: path.relative_to(root).as_posix())
+    return _corpus("python-stdlib", "".join(_decoded(files)), f"standard library of Python {platform.python_version()}")
+
+
+def _decoded(files: list[Path]) -> Iterator[str]:
+    for path in files:
+        try:
+            yield path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+
+
+def book() -> Corpus:
+    """The prose of this book: its chapters, then its other pages, in the order of their paths, mathematics left as it is.
+
+    Left out: front matter, code, the fences and options of directives, labels and comments. The text changes with the
+    book, and has no fixed checksum: a record names the checksum of the text it was made on.
+
+    Raises
+    ------
+    ValueError
+        If this library does not run from a checkout of the project.
+    """
+    root = Path(__file__).resolve().parents[1]
+    chapters = sorted((root / "chapters").glob("*.md"))
+    pages = [path for path in (root / "book").rglob("*.md") if not path.relative_to(root).parts[1].startswith("_")]
+    if not chapters:
+        raise ValueError(f"corpus: 'book' is read from a checkout of the project, and {root} is none")
+    files = chapters + sorted(pages, key=lambda path: path.relative_to(root).as_posix())
+    return _corpus("book", "".join(_prose(path.read_text(encoding="utf-8")) for path in files), "pages of this book")
+
+
+_FENCE = re.compile(r"\s*(`{3,}|~{3,}|:{3,})\s*(\{[\w:-]+\})?(.*)")
+# What stands in these directives, and in fences that name a language or nothing, is no prose.
+_NO_PROSE = {"{code-cell}", "{code-block}", "{figure}", "{image}", "{bibliography}"}
+
+
+def _prose(page: str) -> str:
+    """A page of MyST without front matter, code, fences, options of directives, labels and comments."""
+    lines = page.splitlines(keepends=True)
+    if lines and lines[0].strip() == "---":
+        end = next(i for i, line in enumerate(lines[1:], 1) if line.strip() == "---")
+        lines = lines[end + 1 :]
+    kept, fences, options = [], [], False  # open fences, the outermost first; whether options may stand here
+    for line in lines:
+        fence = _FENCE.fullmatch(line.rstrip("\n"))
+        if fence and fences and not fence[2] and not fence[3].strip() and fence[1].startswith(fences[-1][0]):
+            fences.pop()
+        elif fence and not any(code for _, code in fences):
+            fences.append((fence[1], fence[2] is None or fence[2] in _NO_PROSE))
+            options = True
+        elif not any(code for _, code in fences):
+            options = options and re.match(r"\s*:[\w-]+:", line) is not None
+            if not options and not re.fullmatch(r"\s*(\([\w-]+\)=|%.*)\s*", line):
+                kept.append(line)
+    return "".join(kept)
+
+
+MADE_HERE = {"scipy-docs": scipy_docs, "python-stdlib": python_stdlib, "book": book}

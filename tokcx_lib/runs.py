@@ -260,14 +260,15 @@ def verify(name: str, experiment: Experiment | None, device=None, path=None, bud
     Raises
     ------
     ValueError
-        Which names the record, and says what is wrong with it: checksum, schema, or the rows that differ and by how
-        much.
+        Which names the record, and says what is wrong with it: checksum, schema, a text that is not the one it was made
+        on, or the rows that differ and by how much.
     """
     table, meta = records.load(name, path)
     if experiment is None:
         return Verified(meta, [], 0.0)
     config = {**experiment.full, **meta.get("config", {})}
     plan = experiment.plan(config, runtime.device(device))
+    _require_texts(name, meta.get("texts", {}), plan.meta.get("texts", {}))
     afford = min(MOST_UNITS, int(budget // max(meta.get("unit_seconds", budget), 1e-3)))
     chosen = sorted(set(np.linspace(0, len(plan.units) - 1, max(afford, 1) + 2)[1:-1].round().astype(int)))
     units = [plan.units[i] for i in chosen]
@@ -282,6 +283,14 @@ def verify(name: str, experiment: Experiment | None, device=None, path=None, bud
         for column in found:
             worst = max(worst, _difference(name, unit, column, stored[column], found[column], experiment.tolerance))
     return Verified(meta, units, worst)
+
+
+def _require_texts(name: str, made_on: dict[str, str], here: dict[str, str]) -> None:
+    """Raise ValueError unless the texts of a record, name -> sha256, are those that its units would read now."""
+    for text in sorted(made_on.keys() | here.keys()):
+        if made_on.get(text) != here.get(text):
+            was, now = (f"sha256 {texts[text]}" if text in texts else "no such text" for texts in (made_on, here))
+            raise ValueError(f"record {name!r}: made on text {text!r} with {was}, here it has {now}")
 
 
 def _difference(name: str, unit, column: str, stored: pd.Series, found: pd.Series, tolerance: float) -> float:
