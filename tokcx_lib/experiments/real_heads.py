@@ -373,7 +373,7 @@ EXPERIMENTS = {
     "real_heads_german": _on("wikipedia-de", 200_000),
     "real_heads_python": _on("python-stdlib", 200_000),
     "real_heads_book": _on("book", 50_000),
-    "real_heads_fresh": _on("wikipedia-en", 500_000, parts=4, queries=512, skip=FRESH),
+    "real_heads_fresh": _on("wikipedia-en", 500_000, parts=4, queries=64, skip=FRESH),
     "real_heads_maps": Experiment(
         real_heads_maps,
         ("layer",),
