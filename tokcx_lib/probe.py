@@ -2,21 +2,66 @@
 
 Tokens are pooled over the windows that the model reads. The covariance stands where a bound would want the
 sub-Gaussian matrix, so H, Psi and the loads describe these tokens; they are not constants of a theorem.
+
+`probe` reads a text as a stream: one forward pass serves every layer and head, and what is kept does not grow with the
+number of tokens. A mean and a covariance are merged block by block (`RunningMoments`), and so is the log-sum-exp of
+each query. With a folder for checkpoints, a probe that is killed goes on from there with the same numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+import math
+import time
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tokcx_lib import geometry, runtime
+import tokcx_lib
+from tokcx_lib import finite_n, geometry, rates, records, runtime
 from tokcx_lib.heads import Head, TextModel, heads, layer_streams, tokenize
-from tokcx_lib.streaming import Moments, effective_tokens, prefix_moments
+from tokcx_lib.streaming import Moments, partial_attention, prefix_moments
 from tokcx_lib.validation import as_count
+
+CONTEXT = 256  # tokens the model sees at once, its special tokens included
+CHECKPOINT_SECONDS = 20.0  # of work between two checkpoints, or more where writing one takes long
+DISTANCES = (64, 1024)  # between query and key, at which heads with rotary positions are described as well
+_CHARACTERS = 2**20  # of a text tokenised at once
+_CHECKPOINT_FILES = ("plan.json", "state.npz")
+
+
+def first_ids(model: TextModel, text: str, tokens: int | None = None) -> np.ndarray:
+    """Ids (n,) of the first `tokens` tokens of a text, or of all, int64; no more of it is tokenised than that takes.
+
+    Raises
+    ------
+    ValueError
+        If the text is shorter than the tokens asked for.
+    """
+    if tokens is None or not isinstance(text, str):
+        return tokenize(model, text)
+    parts, count, start = [], 0, 0
+    while count < tokens and start < len(text):
+        # A tokenizer reads a text line by line: pieces that end with a line give the ids of the whole.
+        stop = text.find("\n", start + _CHARACTERS) + 1 or len(text)
+        parts.append(tokenize(model, text[start:stop]))
+        count, start = count + len(parts[-1]), stop
+    _require_tokens(count, tokens)
+    return np.concatenate(parts)[:tokens]
+
+
+def _require_tokens(found: int, tokens: int) -> None:
+    if found < tokens:
+        raise ValueError(f"text: expected at least {tokens} tokens, got {found}")
 
 
 def collect_tokens(model: TextModel, text, layers: Sequence[int], tokens: int | None = None) -> list[Tensor]:
@@ -27,9 +72,8 @@ def collect_tokens(model: TextModel, text, layers: Sequence[int], tokens: int | 
     ValueError
         If the text is shorter than the tokens asked for, or a layer does not exist.
     """
-    ids = tokenize(model, text) if isinstance(text, str) else text
-    if tokens is not None and len(ids) < tokens:
-        raise ValueError(f"text: expected at least {tokens} tokens, got {len(ids)}")
+    ids = first_ids(model, text, tokens) if isinstance(text, str) else text
+    _require_tokens(len(ids), tokens or 0)
     parts: list[list[Tensor]] = [[] for _ in layers]
     count = 0
     with tqdm(total=tokens, unit=" tokens", desc="model", leave=False) as bar:
@@ -50,15 +94,46 @@ def token_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (cov + cov.mT) / 2
 
 
+class RunningMoments:
+    """Mean and centred covariance of tokens that come block by block, in float64.
+
+    Two disjoint sets of tokens merge by their numbers, means and scatter matrices, the sums of (y - mean)(y - mean)';
+    each block is centred by its own mean, so no digits are lost where the mean is far from zero.
+
+    Source: Chan, Golub and LeVeque (1983), "Algorithms for computing the sample variance".
+    """
+
+    def __init__(self, dim: int, device=None):
+        self.count = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Take in tokens (b, d), b >= 1."""
+        x = x.double()
+        mean = x.mean(0)
+        centred, gap = x - mean, mean - self.mean
+        total = self.count + len(x)
+        self.scatter += centred.mT @ centred + torch.outer(gap, gap) * (self.count * len(x) / total)
+        self.mean += gap * (len(x) / total)
+        self.count = total
+
+    @property
+    def cov(self) -> Tensor:
+        """Centred covariance (d, d), divisor n."""
+        return (self.scatter + self.scatter.mT) / (2 * self.count)
+
+
 def head_geometry(head: Head, x: Tensor, cov: Tensor, half: Tensor | None = None) -> dict[str, float]:
-    """Reach, H, H_1, Psi, Psi_1, the median and 95% load, and the scale of the values of a head.
+    """Reach, H, H_1, Psi, Psi_1, quantiles of the load, and the scale of the values of a head.
 
     Tokens are (n, d), with centred covariance (d, d) and its root `half` (d, d), if it is at hand. The values V y of
     single tokens have covariance V Sigma V'; `value_spread` is the root of its trace, `value_cov` its Frobenius norm:
     natural units for errors of moments.
 
     The load of a token that is not centred is ||Sigma^{1/2}(A x + shift)||: the mean of the keys cancels in softmax,
-    that of the queries acts like a shift (chapter 1).
+    that of the queries acts like a shift (chapter 1). Its quantiles over the tokens are load_05, load_25, load_median,
+    load_75 and load_95.
     """
     A, cov = head.A, cov.to(head.A)
     loads = geometry.load(x.double(), A, cov, shift=head.shift)
@@ -74,10 +149,154 @@ def head_geometry(head: Head, x: Tensor, cov: Tensor, half: Tensor | None = None
         "coupling": two**2,
         "coupling_one_sided": reach * one**2,
         "load_median": loads.median().item(),
-        "load_95": loads.quantile(0.95).item(),
+        **{f"load_{level:02d}": loads.quantile(level / 100).item() for level in (5, 25, 75, 95)},
         "value_spread": values.trace().sqrt().item(),
         "value_cov": torch.linalg.matrix_norm(values).item(),
     }
+
+
+def phase(load: float, tokens: float) -> str:
+    """The phase of a query of some load over n tokens: "averaging", "extremal" or "frozen".
+
+    They meet where the reduced load s / sqrt(2 log n) is 1/2 and 1, which is at the budgets of `finite_n.token_budget`.
+
+    Source: chapter 9.
+    """
+    reduced = load / math.sqrt(2 * math.log(tokens))
+    return "averaging" if reduced < 0.5 else "extremal" if reduced < 1 else "frozen"
+
+
+def predictions(coupling: float, load: float, tokens: int) -> dict[str, float | str]:
+    """What the theory says of a head with some coupling and median load on `tokens` tokens.
+
+    Three exponents of the error n^-beta (`rates.exponent`), the two token budgets of the load (`finite_n.token_budget`),
+    the tokens to a relative error of 10% (`finite_n.sample_complexity`; infinite beyond its range) and the `phase`.
+    """
+    psi = max(coupling, 1e-300)  # the exponents of a head that looks at nothing are their limits
+    budget = finite_n.token_budget(load)
+    try:
+        needed = finite_n.sample_complexity(load, 0.1)
+    except ValueError:
+        needed = math.inf
+    return {
+        "exponent_reported": rates.exponent(psi, "reported"),
+        "exponent_balance": rates.exponent(psi, "balance"),
+        "exponent_sharp": rates.exponent(psi, "gaussian"),
+        "tokens_unfrozen": budget.unfrozen,
+        "tokens_clt": budget.clt,
+        "tokens_10_percent": needed,
+        "phase": phase(load, tokens),
+    }
+
+
+class _LayerState:
+    """What is kept of one layer: its queries, the moments of its tokens, and log-sum-exps of queries over keys."""
+
+    def __init__(self, layer_heads: list[Head], queries: int):
+        self.heads = layer_heads
+        self.W_K = torch.stack([head.W_K for head in layer_heads])  # (h, d_k, d)
+        device, dim = self.W_K.device, self.W_K.shape[-1]
+        self.asked = torch.zeros(queries, dim, device=device)
+        self.moments = RunningMoments(dim, device)
+        self.lse = torch.full((len(layer_heads), 2 * queries), -math.inf, dtype=torch.float64, device=device)
+        self.effective: list[Tensor] = []  # medians over queries (h,), float64, for each length passed
+        self._queries: Tensor | None = None
+
+    def add_keys(self, x: Tensor, lengths: Sequence[int]) -> None:
+        """Read tokens (b, d) as keys, noting the effective tokens where one of the lengths falls."""
+        if self._queries is None:  # made once all queries are known
+            q = torch.stack([head.project(self.asked)[0] for head in self.heads])
+            self._queries = torch.cat([q, 2 * q], -2)
+        start, stop = self.moments.count, self.moments.count + len(x)
+        cuts = [start, *(n for n in lengths if start < n < stop), stop]
+        for part, end in zip(x.split(np.diff(cuts).tolist()), cuts[1:]):
+            keys = part @ self.W_K.to(part).mT
+            lse = partial_attention(self._queries, keys, keys).lse
+            # Thousands of blocks are merged: in float64, so that their rounding does not add up.
+            self.lse = torch.logaddexp(self.lse, lse.double())
+            if end in lengths:
+                once, twice = self.lse.chunk(2, -1)
+                self.effective.append(torch.exp(2 * once - twice).median(-1).values)
+        self.moments.add(x)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """For a checkpoint."""
+        moments = {"mean": self.moments.mean, "scatter": self.moments.scatter}
+        effective = torch.stack(self.effective) if self.effective else self.lse.new_zeros(0, len(self.heads))
+        named = {"asked": self.asked, "lse": self.lse, "effective": effective, **moments}
+        return {name: tensor.cpu().numpy() for name, tensor in named.items()} | {"count": np.array(self.moments.count)}
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """From `arrays`, exactly."""
+        found = {name: torch.as_tensor(array, device=self.asked.device) for name, array in arrays.items()}
+        self.asked, self.lse, self.effective = found["asked"], found["lse"], list(found["effective"])
+        self.moments.mean, self.moments.scatter = found["mean"], found["scatter"]
+        self.moments.count = int(arrays["count"])
+
+    def rows(self, lengths: Sequence[int]) -> Iterator[dict]:
+        """A row of the table for each head, once all tokens have been read."""
+        cov = self.moments.cov
+        half = geometry.root(cov)  # the heads of a layer share it
+        for index, head in enumerate(self.heads):
+            row = {"layer": head.layer, "head": head.head, "causal": bool(getattr(head, "causal", False))}
+            row |= head_geometry(head, self.asked, cov, half)
+            if getattr(head, "rotary", None) is not None:
+                for distance in DISTANCES:
+                    there = head_geometry(head.at(distance), self.asked, cov, half)
+                    row |= {f"{name}_{distance}": there[name] for name in ("horizon", "load_median")}
+            row |= predictions(row["coupling"], row["load_median"], lengths[-1])
+            yield row | {f"effective_{n}": found[index].item() for n, found in zip(lengths, self.effective)}
+
+
+class _Checkpoint:
+    """States of layers in a folder, written whole every so often, and trusted only if they are of the same plan."""
+
+    def __init__(self, folder: Path | None, plan: dict):
+        self.folder = None if folder is None else Path(folder)
+        self.plan = json.dumps(plan, sort_keys=True, indent=2).encode()
+        self.cost, self.last = 0.0, time.monotonic()
+
+    def load(self, states: dict[int, _LayerState]) -> int:
+        """How many tokens an earlier run of this plan has read, with its states restored; 0 if there is none."""
+        if self.folder is None:
+            return 0
+        plan, state = (self.folder / name for name in _CHECKPOINT_FILES)
+        if plan.is_file() and state.is_file() and plan.read_bytes() == self.plan:
+            try:
+                with np.load(state, allow_pickle=False) as stored:
+                    if stored["plan"].item() == hashlib.sha256(self.plan).hexdigest():
+                        arrays = {name: stored[name] for name in stored.files}  # all of them, checksums verified
+                        for layer, each in states.items():
+                            mark = f"{layer}_"
+                            each.restore({k.removeprefix(mark): a for k, a in arrays.items() if k.startswith(mark)})
+                        return int(arrays["read"])
+            except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, zlib.error):
+                tqdm.write(f"{state} is damaged: starting anew")
+        discard_checkpoint(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        records.write_whole(plan, self.plan)
+        return 0
+
+    def save(self, states: dict[int, _LayerState], read: int, now: bool = False) -> None:
+        """Write the states, unless the last time is less than CHECKPOINT_SECONDS, or 20 times its cost, ago."""
+        start = time.monotonic()
+        if self.folder is None or not now and start - self.last < max(CHECKPOINT_SECONDS, 20 * self.cost):
+            return
+        arrays = {f"{layer}_{name}": a for layer, each in states.items() for name, a in each.arrays().items()}
+        content = BytesIO()
+        np.savez(content, plan=hashlib.sha256(self.plan).hexdigest(), read=np.array(read), **arrays)
+        records.write_whole(self.folder / _CHECKPOINT_FILES[1], content.getvalue())
+        self.last = time.monotonic()
+        self.cost = self.last - start
+
+
+def discard_checkpoint(folder: Path) -> None:
+    """Remove a folder of checkpoints, with what `probe` wrote there."""
+    for name in _CHECKPOINT_FILES:
+        for path in (folder / name, folder / (name + ".tmp")):
+            path.unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def probe(
@@ -87,46 +306,120 @@ def probe(
     tokens: int = 100_000,
     queries: int = 2048,
     seed: int = 0,
+    context: int = CONTEXT,
+    checkpoint: Path | None = None,
 ) -> pd.DataFrame:
-    """Geometry of heads on a text: one row a head.
+    """Geometry of heads on a text: one row a head, from one pass over its tokens, which are never held together.
+
+    The windows that the model reads are put in random order, whole (a last one that is shorter stays last), so the
+    first N keys are those of a random set of windows of the text. The queries are tokens drawn without looking at any:
+    their places come from the seed, and their windows are read first.
 
     Parameters
     ----------
     model : from `heads.load_model`; text : a string or token ids (n,).
     layers : default all.
-    tokens : how many tokens of the text to use; queries : how many of them, drawn at random, stand for all queries.
+    tokens : how many tokens of the text to use, from its beginning.
+    queries : how many of them, drawn at random, stand for all queries.
+    context : tokens that the model sees at once.
+    checkpoint : folder for checkpoints, None for none. A probe of the same model, text and numbers goes on from what it
+        finds there, and has the same result as one that was never interrupted; any other starts anew. The folder is
+        left when the probe is done, for its caller to remove (`discard_checkpoint`) once the table is safe.
 
     Returns
     -------
     DataFrame
-        layer, head, reach, horizon (two-sided), horizon_one_sided, coupling, coupling_one_sided, load_median, load_95,
-        value_spread and value_cov (see `head_geometry`), and effective_N: the median over queries of 1/sum w^2 over N keys drawn at random without replacement, for
-        N = 1000, 10000, ... and all tokens.
+        layer, head, causal; reach, horizon (two-sided), horizon_one_sided, coupling, coupling_one_sided, load_median,
+        load_05 … load_95, value_spread and value_cov (see `head_geometry`); the columns of `predictions` for the
+        coupling and the median load; and effective_N: the median over queries of 1/sum w^2 over N keys, for
+        N = 1000, 10000, ... and all tokens. Heads with rotary positions are described at distance 0 between query and
+        key, and have horizon_D and load_median_D beside that at the distances of DISTANCES. Causal heads are described
+        as if their queries saw all keys: a query at position i has i of them.
 
     Raises
     ------
     ValueError
         If the text is shorter than the tokens asked for, or a layer does not exist.
     """
-    every = heads(model)
-    layers = sorted(set(range(every[-1].layer + 1) if layers is None else layers))
-    tokens = as_count("tokens", tokens, least=2)
-    order = torch.randperm(tokens, generator=runtime.generator(seed))
-    asked = torch.randperm(tokens, generator=runtime.generator(seed + 1))[: as_count("queries", queries)]
+    tokens, queries = as_count("tokens", tokens, least=2), min(as_count("queries", queries), tokens)
+    states = _layer_states(model, layers, queries)
+    ids = np.asarray(first_ids(model, text, tokens) if isinstance(text, str) else text)[:tokens].astype(np.int64)
+    _require_tokens(len(ids), tokens)
+    # The ids that fill a window, special tokens apart.
+    width = len(next(iter(layer_streams(model, ids[:context], [min(states)], context, 1)))[0])
     lengths = [n for n in (10**k for k in range(3, 12)) if n < tokens] + [tokens]
-    rows = []
-    inputs = dict(zip(layers, collect_tokens(model, text, layers, tokens)))
-    chosen = [head for head in every if head.layer in inputs]
-    for head in tqdm(chosen, unit=" heads", desc="heads", leave=False):
-        x = inputs[head.layer]
-        if head.head == 0:  # the heads of a layer share its tokens
-            _, cov = token_moments(x)
-            half = geometry.root(cov)
-        q, k, _ = head.project(x)
-        effective = effective_tokens(q[asked], k[order], lengths).median(-1).values
-        row = {"layer": head.layer, "head": head.head, **head_geometry(head, x[asked], cov, half)}
-        rows.append({**row, **{f"effective_{n}": e.item() for n, e in zip(lengths, effective)}})
+
+    asked = torch.randperm(tokens, generator=runtime.generator(seed + 1))[:queries].numpy()
+    windows, places = _query_windows(asked, width)
+    starts = windows * width
+    first = np.concatenate([ids[start : start + width] for start in starts])
+    whole = tokens // width
+    order = torch.randperm(whole, generator=runtime.generator(seed)).numpy()
+    rest = np.concatenate([ids[: whole * width].reshape(whole, width)[order].reshape(-1), ids[whole * width :]])
+
+    saved = _Checkpoint(checkpoint, _plan(model, ids, list(states), queries, seed, context))
+    read = saved.load(states)
+    bar = tqdm(total=len(first) + tokens, initial=read, unit=" tokens", desc="tokens", unit_scale=True, leave=False)
+    with bar:
+        for batch in _batches(model, first[read:], list(states), context):
+            inside = np.flatnonzero((read <= places) & (places < read + len(batch[0])))
+            for state, x in zip(states.values(), batch):
+                state.asked[inside] = x[places[inside] - read].float()
+            read += len(batch[0])
+            bar.update(len(batch[0]))
+            saved.save(states, read)
+        for batch in _batches(model, rest[read - len(first) :], list(states), context):
+            for state, x in zip(states.values(), batch):
+                state.add_keys(x.float(), lengths)
+            read += len(batch[0])
+            bar.update(len(batch[0]))
+            saved.save(states, read)
+    saved.save(states, read, now=True)
+    with tqdm(total=sum(len(state.heads) for state in states.values()), unit=" heads", desc="heads", leave=False) as bar:
+        rows = []
+        for state in states.values():
+            for row in state.rows(lengths):
+                rows.append(row)
+                bar.update()
     return pd.DataFrame(rows)
+
+
+def _layer_states(model: TextModel, layers: Sequence[int] | None, queries: int) -> dict[int, _LayerState]:
+    every = heads(model)
+    layers = range(every[-1].layer + 1) if layers is None else sorted(set(layers))
+    unknown = [layer for layer in layers if not 0 <= layer <= every[-1].layer]
+    if unknown or not layers:
+        raise ValueError(f"layers: expected some of 0 to {every[-1].layer}, got {unknown or 'none'}")
+    return {layer: _LayerState([head for head in every if head.layer == layer], queries) for layer in layers}
+
+
+def _query_windows(asked: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """The windows that hold tokens at some positions, and where these are once only those windows are read."""
+    windows, index = np.unique(asked // width, return_inverse=True)
+    return windows, index * width + asked % width
+
+
+def _batches(model: TextModel, ids: np.ndarray, layers: list[int], context: int) -> Iterator[list[Tensor]]:
+    return layer_streams(model, ids, layers, context) if len(ids) else iter(())
+
+
+def _plan(model: TextModel, ids: np.ndarray, layers: list[int], queries: int, seed: int, context: int) -> dict:
+    """All that the numbers depend on."""
+    device = next(model.model.parameters()).device
+    return {
+        "model": model.name,
+        "model_sha256": model.sha256,
+        "ids_sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
+        "tokens": len(ids),
+        "layers": layers,
+        "queries": queries,
+        "seed": seed,
+        "context": context,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "tokcx": tokcx_lib.__version__,
+    }
 
 
 def self_attention(head: Head, x: Tensor, seed: int = 0) -> Moments:
