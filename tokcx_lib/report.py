@@ -1,7 +1,7 @@
 """The report of a probe: a page that stands alone, with heat maps, the phase diagram, and a reading of the numbers.
 
-The page asks no other host for anything and runs no script; its figures are inside it, and turn their lightness around
-on dark screens, as those of the book do.
+The page asks no other host for anything and runs no script; its figures are inside it, drawn once for light and once
+for dark screens.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from html import escape
 from io import BytesIO
 from pathlib import Path
 
+import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -20,6 +21,7 @@ from tokcx_lib import plots, records
 from tokcx_lib.probe import DISTANCES
 
 HARDEST = 3  # heads that the reading names
+LIGHT_INK = "#dfe3e7"  # of maps on a dark screen
 PHASES = {
     "averaging": "many tokens share the attention, and errors fall like 1/√n",
     "extremal": "the few tokens with the largest logits decide, and errors fall more slowly than 1/√n",
@@ -46,12 +48,11 @@ def write(table: pd.DataFrame, meta: dict, folder: Path) -> list[Path]:
     if len(table) == 0 or _effective(meta) not in table:
         raise ValueError(f"table: expected heads with a column {_effective(meta)}, got {len(table)} rows, {list(table)}")
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = {name: (alt, _draw(table, meta, draw)) for name, (alt, draw) in FIGURES.items()}
     files = {
         "heads.csv": table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode(),
-        "report.html": page(table, meta, {name: (alt, image) for name, (alt, image) in drawn.items()}).encode(),
+        "report.html": page(table, meta).encode(),
         # On their own they are opened on any ground: white belongs to them.
-        **{f"{name}.png": _draw(table, meta, draw, "white") for name, (_, draw) in FIGURES.items()},
+        **{f"{name}.png": _draw(table, meta, draw, ground="white") for name, (_, draw) in FIGURES.items()},
     }
     paths = [folder / name for name in files]
     records.write_whole(*(item for path, content in zip(paths, files.values()) for item in (path, content)))
@@ -65,12 +66,15 @@ def _effective(meta: dict) -> str:
 # ---- figures ----
 
 
-def _draw(table: pd.DataFrame, meta: dict, draw: Callable, ground: str = "none") -> bytes:
-    """One figure as PNG."""
-    plots.use_style()
-    figure = draw(table, meta)
-    content = BytesIO()
-    figure.savefig(content, format="png", facecolor=ground)
+def _draw(table: pd.DataFrame, meta: dict, draw: Callable, ground: str = "none", ink: str = plots.INK) -> bytes:
+    """One figure as PNG, with text and axes of some ink."""
+    parts = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    with mpl.rc_context():
+        plots.use_style()
+        mpl.rcParams.update(dict.fromkeys(parts, ink))
+        figure = draw(table, meta)
+        content = BytesIO()
+        figure.savefig(content, format="png", facecolor=ground)
     return content.getvalue()
 
 
@@ -138,7 +142,7 @@ def hardest(table: pd.DataFrame, count: int = HARDEST) -> pd.DataFrame:
 
 
 def reading(table: pd.DataFrame, meta: dict) -> list[tuple[str, str]]:
-    """What the numbers say, as pairs of a heading and a paragraph of HTML."""
+    """What the numbers say, as pairs of a heading and HTML, which begins with a paragraph."""
     n, found = meta["tokens"], table["phase"].value_counts()
     phases = "; ".join(
         f"<b>{found.get(name, 0)} {name}</b> ({what})" for name, what in PHASES.items() if found.get(name, 0)
@@ -147,14 +151,14 @@ def reading(table: pd.DataFrame, meta: dict) -> list[tuple[str, str]]:
     return [
         (
             "Where the heads are",
-            f"By the load of its median query, on {n:,} tokens, each of the {len(table)} heads is in one of three "
-            f"phases. Found: {phases}.",
+            f"By the load of its median query, on {n:,} tokens, the {len(table)} heads are in these phases: "
+            f"{phases}.",
         ),
         (
             "The hardest heads",
             "The load of a query is the standard deviation of its logits over the keys. The larger it is, the fewer "
             "tokens share the attention and the more of them it takes until the output has converged. The largest "
-            "median loads: " + "; ".join(_one_head(head, meta) for _, head in hardest(table).iterrows()) + ".",
+            "median loads:</p>\n<ul>" + "".join(_one_head(head, meta) for _, head in hardest(table).iterrows()) + "</ul>",
         ),
         (
             "What a token budget means",
@@ -169,7 +173,7 @@ def reading(table: pd.DataFrame, meta: dict) -> list[tuple[str, str]]:
             f"The mean and covariance of a head's outputs over all its queries converge like <i>n</i><sup>−β</sup>, "
             f"where β depends on the coupling Ψ = <i>H</i>². The slowest is {_name(slowest)}, with "
             f"<i>H</i> = {_number(slowest['horizon'])}: β = {slowest['exponent_sharp']:.3f} for Gaussian tokens, at "
-            f"least {slowest['exponent_reported']:.4f} by the reported theorem.",
+            f"least {_number(slowest['exponent_reported'])} by the reported theorem.",
         ),
     ]
 
@@ -179,11 +183,10 @@ def _name(head: pd.Series) -> str:
 
 
 def _one_head(head: pd.Series, meta: dict) -> str:
-    effective = head[_effective(meta)]
     return (
-        f"<b>{_name(head)}</b>, load {_number(head['load_median'])} (95% of queries below {_number(head['load_95'])}), "
-        f"{_number(effective)} effective of {meta['tokens']:,} tokens, Gaussian budget for 10% "
-        f"{_number(head['tokens_10_percent'])}"
+        f"<li><b>{_name(head)}</b>: load {_number(head['load_median'])} (95% of queries below {_number(head['load_95'])}), "
+        f"{_number(head[_effective(meta)])} effective of {meta['tokens']:,} tokens; with Gaussian logits, 10% at "
+        f"{_number(head['tokens_10_percent'])} tokens</li>"
     )
 
 
@@ -192,7 +195,7 @@ def caveats(table: pd.DataFrame, meta: dict) -> list[str]:
     n = meta["tokens"]
     found = [
         "<b>Budgets and phases assume Gaussian logits.</b> Then a share <i>e</i><sup>−<i>s</i>²</sup> of many tokens is "
-        "effective. On real heads of load above 2 the measured share is far higher, so a budget ranks heads; it does "
+        "effective. On real heads of load above 2 the measured share is often far higher, so a budget ranks heads; it does "
         "not bound what they need." + _measured_share(table, meta),
         "<b>The covariance stands in for the sub-Gaussian matrix</b> that a bound would want, so horizons, couplings "
         "and loads describe these tokens and are not constants of a theorem. The same holds for the exponents.",
@@ -222,8 +225,9 @@ def _measured_share(table: pd.DataFrame, meta: dict) -> str:
         return " No median load here is above 2."
     ratio = loaded[_effective(meta)] / meta["tokens"] * (loaded["load_median"] ** 2).map(_exp)
     heads = "the one head" if len(loaded) == 1 else f"the {len(loaded)} heads"
-    span = f"{_number(ratio.min())} times" if len(loaded) == 1 else f"{_number(ratio.min())} to {_number(ratio.max())} times"
-    return f" Here, on {heads} of median load above 2, it is {span} as high."
+    least = "" if len(loaded) == 1 else "at least "
+    times = f"{least}{_number(ratio.min())} times <i>e</i><sup>−<i>s</i>²</sup>"
+    return f" Here, on {heads} of median load above 2, it is {times}."
 
 
 def _exp(x: float) -> float:
@@ -234,14 +238,14 @@ def _exp(x: float) -> float:
 
 
 def _number(value: float) -> str:
-    """Three digits, as HTML: 0.341, 12.3, 1,230, 4.56 × 10¹²."""
+    """Three digits, as HTML: 0.341, 12.3, 1,230, 4.56 × 10¹² (not broken)."""
     if math.isinf(value):
         return "∞"
-    if value == 0 or 1e-3 <= abs(value) < 999_500:
+    if value == 0 or 1e-4 <= abs(value) < 9_995_000:
         rounded = float(f"{value:.3g}")
         return f"{rounded:,.0f}" if abs(rounded) >= 100 else f"{value:#.3g}"
     digits, exponent = f"{value:.2e}".split("e")
-    return f"{digits} × 10<sup>{int(exponent)}</sup>".replace("-", "−")
+    return f"{digits}&nbsp;×&nbsp;10<sup>{int(exponent)}</sup>".replace("-", "−")
 
 
 def _columns(table: pd.DataFrame, meta: dict) -> dict[str, Callable[[pd.Series], str]]:
@@ -279,13 +283,21 @@ def _heads_table(table: pd.DataFrame, meta: dict) -> str:
     return f"<table><thead><tr>{top}</tr></thead><tbody>\n" + "\n".join(rows) + "\n</tbody></table>"
 
 
-def _figure(name: str, images: dict[str, tuple[str, bytes]], caption: str) -> str:
-    alt, image = images[name]
-    data = base64.b64encode(image).decode()
-    return (
-        f'<figure><div class="wide"><img alt="{escape(alt)}" src="data:image/png;base64,{data}"></div>'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
+def _figure(name: str, table: pd.DataFrame, meta: dict, caption: str) -> str:
+    alt, draw = FIGURES[name]
+    light = _data(_draw(table, meta, draw))
+    if name == "phases":
+        picture = f'<img class="ink" alt="{escape(alt)}" src="{light}">'
+    else:
+        # Turned around, the colours of a map would say the opposite: only its text turns light.
+        dark = _data(_draw(table, meta, draw, ink=LIGHT_INK))
+        source = f'<source media="screen and (prefers-color-scheme: dark)" srcset="{dark}">'
+        picture = f'<picture>{source}<img alt="{escape(alt)}" src="{light}"></picture>'
+    return f'<figure><div class="wide">{picture}</div><figcaption>{caption}</figcaption></figure>'
+
+
+def _data(image: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(image).decode()
 
 
 def _facts(table: pd.DataFrame, meta: dict) -> str:
@@ -301,7 +313,8 @@ def _facts(table: pd.DataFrame, meta: dict) -> str:
         "model": named("model"),
         "text": named("text"),
         "heads": f"{len(table)}, in {'layers' if len(layers) > 1 else 'layer'} {span}",
-        "tokens": f"{meta['tokens']:,}, in windows of {meta['context']}; {min(meta['queries'], meta['tokens']):,} queries, seed {meta['seed']}",
+        "tokens": f"{meta['tokens']:,}, in windows of {meta['context']}",
+        "queries": f"{min(meta['queries'], meta['tokens']):,}, drawn with seed {meta['seed']}",
         "device": escape(meta["device"]),
         "made": escape(
             meta["created"].replace("T", " ").replace("+00:00", " UTC")
@@ -312,14 +325,12 @@ def _facts(table: pd.DataFrame, meta: dict) -> str:
     return "<dl>" + "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items()) + "</dl>"
 
 
-def page(table: pd.DataFrame, meta: dict, images: dict[str, tuple[str, bytes]]) -> str:
-    """The page, as HTML: images are pairs of alternative text and PNG, under the names of `FIGURES`."""
+def page(table: pd.DataFrame, meta: dict) -> str:
+    """The page, as HTML with its figures inside; arguments as for `write`."""
     n = meta["tokens"]
     found = table["phase"].value_counts()
-    counts = "".join(
-        f'<li class="{name}"><b>{found.get(name, 0)}</b> {name}</li>' for name in PHASES
-    )
-    said = "\n".join(f"<h3>{heading}</h3>\n<p>{text}</p>" for heading, text in reading(table, meta))
+    counts = "".join(f'<li class="{name}"><b>{found.get(name, 0)}</b> {name}</li>' for name in PHASES)
+    said = "\n".join(f"<h3>{heading}</h3>\n<p>{text}" for heading, text in reading(table, meta))
     warned = "\n".join(f"<li>{text}</li>" for text in caveats(table, meta))
     named = ", ".join(f"{head['layer']}.{head['head']}" for _, head in hardest(table).iterrows())
     return f"""<!DOCTYPE html>
@@ -338,7 +349,7 @@ def page(table: pd.DataFrame, meta: dict, images: dict[str, tuple[str, bytes]]) 
 </header>
 <main>
 <h2>The heads in the phase diagram</h2>
-{_figure("phases", images, f"Each dot is a head at its median load, on {n:,} tokens. Those named, layer.head, have the "
+{_figure("phases", table, meta, f"Each dot is a head at its median load, on {n:,} tokens. Those named, layer.head, have the "
          f"largest loads: {named}. Dashed: the token budgets. Lines: relative error of a Gaussian query.")}
 <h2>Reading</h2>
 {said}
@@ -347,9 +358,9 @@ def page(table: pd.DataFrame, meta: dict, images: dict[str, tuple[str, bytes]]) 
 {warned}
 </ul>
 <h2>Maps</h2>
-{_figure("horizon", images, "Horizon: how strongly a typical query tilts the law of the keys. Large: convergence is slow.")}
-{_figure("load", images, "Load: standard deviation of the logits of the median query.")}
-{_figure("effective", images, f"Effective tokens 1/Σw²: how many of {n:,} keys share the attention of the median query.")}
+{_figure("horizon", table, meta, "Horizon: how strongly a typical query tilts the law of the keys. Large: convergence is slow.")}
+{_figure("load", table, meta, "Load: standard deviation of the logits of the median query.")}
+{_figure("effective", table, meta, f"Effective tokens 1/Σw²: how many of {n:,} keys share the attention of the median query.")}
 <h2>All heads</h2>
 <div class="wide">{_heads_table(table, meta)}</div>
 <p class="faint">Every column of the probe is in heads.csv, beside this page.</p>
@@ -365,16 +376,16 @@ STYLE = """
   --ground: #ffffff; --text: #1c2024; --faint: #5f666d; --line: #d9dde1; --surface: #f5f6f7;
   --averaging: #0072b2; --extremal: #8a5a00; --frozen: #b34700;
 }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root {
     --ground: #14181d; --text: #dfe3e7; --faint: #99a2ab; --line: #343b43; --surface: #1d2229;
     --averaging: #6cb8e8; --extremal: #e9b44c; --frozen: #f28c50;
   }
-  /* Figures are transparent with black ink: it turns light and keeps its hue. */
-  img { filter: invert(1) hue-rotate(180deg); }
+  /* Transparent with black ink: it turns light and keeps its hue. */
+  img.ink { filter: invert(1) hue-rotate(180deg); }
 }
 body {
-  background: var(--ground); color: var(--text); margin: 0 auto; max-width: 58rem; padding: 2rem 1.25rem 4rem;
+  background: var(--ground); color: var(--text); margin: 0 auto; max-width: 62rem; padding: 2rem 1.25rem 4rem;
   font: 1rem/1.6 system-ui, sans-serif;
 }
 h1 { font-size: 1.8rem; line-height: 1.2; margin: 0 0 1.2rem; overflow-wrap: anywhere; }
@@ -398,9 +409,9 @@ figure { margin: 1rem 0 1.8rem; }
 figcaption { color: var(--faint); font-size: 0.9rem; max-width: 44rem; }
 .wide { overflow-x: auto; }
 img { height: auto; max-width: 100%; }
+picture img { max-width: max(100%, 44rem); } /* on a phone a map scrolls */
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid var(--line); padding: 0.25rem 0.7rem; text-align: right; white-space: nowrap; }
+th, td { border-bottom: 1px solid var(--line); padding: 0.25rem 0.55rem; text-align: right; white-space: nowrap; }
 th { font-weight: 600; vertical-align: bottom; white-space: normal; }
 tbody tr:hover { background: var(--surface); }
-@media print { img { filter: none; } }
 """
