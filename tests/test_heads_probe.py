@@ -196,18 +196,6 @@ def test_slopes_of_known_power_laws():
         fits.fit_slope(exact[:5], "error")
 
 
-def test_the_command_line(tmp_path, capsys):
-    text = tmp_path / "text.txt"
-    text.write_text(corpora.open_corpus("scipy-docs").text[:60_000])
-    arguments = ["probe", "--text", str(text), "--layer", "0", "--tokens", "3000", "--out", str(tmp_path / "out")]
-    assert cli.main(arguments) == 0
-    assert "horizon" in capsys.readouterr().out
-    assert [p.name for p in (tmp_path / "out").glob("*.csv")] == ["heads.csv"]
-    table = pd.read_csv(tmp_path / "out" / "heads.csv")
-    assert len(table) == 12 and table["horizon"].idxmax() == 2 and (tmp_path / "out" / "heads.png").stat().st_size > 5000
-    assert {"coupling", "coupling_one_sided", "load_median", "load_95", "effective_1000", "effective_3000"} <= set(table)
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -41,7 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--queries", type=int, default=2048, help="queries drawn to stand for all (default: 2048)")
     probe.add_argument("--seed", type=int, default=0)
     probe.add_argument("--device", help="cpu, cuda, cuda:1 … (default: TOKCX_DEVICE or cpu)")
-    probe.add_argument("--out", type=Path, help="folder for heads.csv and heads.png")
+    probe.add_argument("--context", type=int, default=256, help="tokens the model sees at once (default: 256)")
+    probe.add_argument("--out", type=Path, help="folder for heads.csv, report.html and figures; a killed probe resumes there")
     probe.set_defaults(action=_probe)
 
     predict = actions.add_parser("predict", help="what the exact law says of a load, or of a horizon")
@@ -89,21 +90,40 @@ def _layers(text: str) -> list[int]:
 
 
 def _probe(options: argparse.Namespace) -> None:
+    from tokcx_lib import records, report
     from tokcx_lib.corpora import open_corpus
     from tokcx_lib.heads import load_model
-    from tokcx_lib.probe import probe
+    from tokcx_lib.probe import discard_checkpoint, first_ids, probe
 
     corpus = open_corpus(options.text)
     model = load_model(options.model, options.device)
-    table = probe(model, corpus.text, options.layers, options.tokens, options.queries, options.seed)
-    shown = table.drop(columns=["value_spread", "value_cov"]).rename(columns=lambda name: name.replace("_one_sided", "_1").replace("effective_", "eff@"))
-    print(f"{options.model} on {corpus.name}: {options.tokens} tokens, device: {model.model.device}")
-    print(shown.to_string(index=False, float_format=lambda number: f"{number:.4g}"))
+    ids = first_ids(model, corpus.text, options.tokens)
+    chosen = {name: getattr(options, name) for name in ("tokens", "queries", "seed", "context")}
+    meta = {**chosen, "text": corpus.name, "text_sha256": corpus.sha256}
+    del corpus  # a text may be larger than all that the probe keeps
+    checkpoint = options.out / ".probe" if options.out else None
+    try:
+        table = probe(model, ids, options.layers, checkpoint=checkpoint, **chosen)
+    except KeyboardInterrupt:
+        then = "; the same command goes on from its last checkpoint" if checkpoint else ""
+        print(f"tokcx: stopped{then}", file=sys.stderr)
+        raise SystemExit(130) from None
+    print(f"{options.model} on {meta['text']}: {options.tokens} tokens, device: {model.model.device}")
+    print(_shown(table).to_string(index=False, float_format=lambda number: f"{number:.4g}"))
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        table.to_csv(options.out / "heads.csv", index=False, float_format="%.6g")
-        _draw(table, options.out / "heads.png")
-        print(f"wrote {options.out / 'heads.csv'} and {options.out / 'heads.png'}")
+        meta |= {"model": model.name, "model_sha256": model.sha256, **records.provenance(model.model.device)}
+        paths = report.write(table, meta, options.out)
+        discard_checkpoint(checkpoint)
+        print(f"wrote {', '.join(path.name for path in paths)} in {options.out}")
+
+
+def _shown(table):
+    """The columns of a probe that fit a terminal."""
+    effective = [name for name in table if name.startswith("effective_")]
+    names = {"layer": "layer", "head": "head", "horizon": "horizon", "coupling": "coupling", "load_median": "load"}
+    names |= {"load_95": "load_95%", "exponent_sharp": "exponent", "tokens_10_percent": "n@10%", "phase": "phase"}
+    names |= {name: name.replace("effective_", "eff@") for name in effective}
+    return table[list(names)].rename(columns=names)
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -152,22 +172,6 @@ def _predict_horizon(horizon: float, n: float) -> None:
     for kind, what in (("gaussian", "error of the moments"), ("bias", "bias of the second moment"), ("reported", "reported rate")):
         print(f"  {what:26s} n^-{rates.exponent(horizon**2, kind):.4f}")
     print(f"  at n = {n:g}: second moment {horizon**2 + bias:.4g}, limit {horizon**2:.4g} ({bias / horizon**2:+.2%})")
-
-
-def _draw(table, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    from tokcx_lib import plots
-
-    plots.use_style()
-    effective = table.columns[-1]
-    layers = table["layer"].nunique()
-    figure = Figure(figsize=(8.5, 2 * (1.1 + 0.42 * layers)), facecolor="white")
-    upper, lower = figure.subplots(2, 1)
-    plots.head_map(upper, table, "horizon", "attention horizon $H$ (two-sided)")
-    number = int(effective.removeprefix("effective_"))
-    plots.head_map(lower, table, effective, f"effective tokens $1/\\Sigma w^2$ among {number:,}")
-    figure.savefig(path)
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 import time
 import zipfile
 import zlib
@@ -271,7 +272,7 @@ class _Checkpoint:
                             each.restore({k.removeprefix(mark): a for k, a in arrays.items() if k.startswith(mark)})
                         return int(arrays["read"])
             except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, zlib.error):
-                tqdm.write(f"{state} is damaged: starting anew")
+                tqdm.write(f"{state} is damaged: starting anew", file=sys.stderr)
         discard_checkpoint(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         records.write_whole(plan, self.plan)

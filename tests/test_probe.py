@@ -1,0 +1,263 @@
+"""The probe as a stream, its checkpoints, its report and its command."""
+
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from tokcx_lib import cli, corpora, finite_n, heads, probe, rates, records, report, runtime, streaming
+
+TOKENS, QUERIES = 6000, 48
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    return heads.load_model("minilm")
+
+
+@pytest.fixture(scope="module")
+def text():
+    return corpora.open_corpus("scipy-docs").text[:120_000]
+
+
+@pytest.fixture(scope="module")
+def ids(minilm, text):
+    return heads.tokenize(minilm, text)
+
+
+@pytest.fixture(scope="module")
+def table(minilm, ids):
+    return probe.probe(minilm, ids, [0, 1], TOKENS, QUERIES)
+
+
+def test_moments_merge_to_those_of_all_tokens_far_from_zero():
+    x = torch.randn(5000, 7, generator=runtime.generator(0), dtype=torch.float64) * torch.logspace(-2, 1, 7) + 1e5
+    running = probe.RunningMoments(7)
+    for block in x.split([1, 999, 3, 2997, 1000]):
+        running.add(block)
+    direct = torch.cov(x.mT, correction=0)
+    scale = direct.diag().sqrt()
+    assert running.count == 5000 and torch.allclose(running.mean, x.mean(0), rtol=1e-14)
+    assert ((running.cov - direct).abs() / (scale[:, None] * scale)).max() < 1e-8
+
+
+def test_the_stream_finds_what_all_tokens_at_once_would(minilm, ids, table):
+    width = 254
+    whole = TOKENS // width
+    order = torch.randperm(whole, generator=runtime.generator(0))
+    asked = torch.randperm(TOKENS, generator=runtime.generator(1))[:QUERIES]
+    inputs = probe.collect_tokens(minilm, ids, [0, 1], TOKENS)
+    lengths = [1000, TOKENS]
+    for head in heads.heads(minilm)[1:24:6]:
+        x = inputs[head.layer]
+        windows = x[: whole * width].reshape(whole, width, -1)[order].reshape(whole * width, -1)
+        q, k, _ = head.project(torch.cat([windows, x[whole * width :]]))
+        effective = streaming.effective_tokens(head.project(x[asked])[0], k, lengths).median(-1).values
+        row = table[(table["layer"] == head.layer) & (table["head"] == head.head)].iloc[0]
+        assert [row[f"effective_{n}"] for n in lengths] == pytest.approx(effective.tolist(), rel=1e-3)
+        _, cov = probe.token_moments(x)
+        for name, value in probe.head_geometry(head, x[asked], cov).items():
+            assert row[name] == pytest.approx(value, rel=1e-4), name
+
+
+def test_columns_and_predictions(table):
+    assert list(table.columns[:3]) == ["layer", "head", "causal"] and not table["causal"].any()
+    assert list(table.columns[-2:]) == ["effective_1000", f"effective_{TOKENS}"]
+    levels = table[["load_05", "load_25", "load_median", "load_75", "load_95"]].to_numpy()
+    assert (np.diff(levels) > 0).all()
+    hard = table.loc[table["load_median"].idxmax()]
+    assert (hard["layer"], hard["head"], hard["phase"]) == (0, 2, "frozen")
+    assert hard["exponent_sharp"] == rates.exponent(hard["coupling"], "gaussian")
+    budget = finite_n.token_budget(hard["load_median"])
+    assert (hard["tokens_unfrozen"], hard["tokens_clt"]) == budget
+    said = probe.predictions(0.0, 40.0, 100)
+    assert said["exponent_sharp"] == said["exponent_reported"] == 0.5
+    assert said["tokens_10_percent"] == np.inf and said["phase"] == "frozen"
+    n = 1000
+    edge = np.sqrt(2 * np.log(n))
+    found = [probe.phase(edge * share, n) for share in (0.49, 0.51, 0.99, 1.01)]
+    assert found == ["averaging", "extremal", "extremal", "frozen"]
+
+
+def test_no_more_of_a_text_is_tokenised_than_it_takes(minilm, text, ids, monkeypatch):
+    monkeypatch.setattr(probe, "_CHARACTERS", 3000)
+    read = []
+    monkeypatch.setattr(probe, "tokenize", lambda model, part: read.append(len(part)) or heads.tokenize(model, part))
+    assert (probe.first_ids(minilm, text, 5000) == ids[:5000]).all()
+    assert len(read) > 3 and sum(read) < len(text) / 2
+    with pytest.raises(ValueError, match=f"^text: expected at least {len(ids) + 1} tokens, got {len(ids)}"):
+        probe.first_ids(minilm, text, len(ids) + 1)
+
+
+@pytest.mark.parametrize("layers", [[], [6], [-1]])
+def test_unknown_layers_are_named(minilm, ids, layers):
+    with pytest.raises(ValueError, match="^layers: expected some of 0 to 5"):
+        probe.probe(minilm, ids, layers, 100)
+
+
+class Killed(Exception):
+    pass
+
+
+def dies_after(batches, counter):
+    """`layer_streams` that ends with an exception once so many batches have been read, and counts them."""
+
+    def streams(*arguments):
+        for batch in heads.layer_streams(*arguments):
+            if len(batch[0]) > 254:  # not the look at a single window
+                if counter[0] >= batches:
+                    raise Killed
+                counter[0] += 1
+            yield batch
+
+    return streams
+
+
+@pytest.mark.parametrize("batches", [1, 3])  # among the queries, among the keys
+def test_a_killed_probe_goes_on_with_the_same_numbers(minilm, ids, table, batches, monkeypatch, tmp_path):
+    monkeypatch.setattr(probe, "CHECKPOINT_SECONDS", 0.0)
+    arguments = (minilm, ids, [0, 1], TOKENS, QUERIES)
+    folder = tmp_path / "kept"
+    before, after = [0], [0]
+    monkeypatch.setattr(probe, "layer_streams", dies_after(batches, before))
+    with pytest.raises(Killed):
+        probe.probe(*arguments, checkpoint=folder)
+    monkeypatch.setattr(probe, "_Checkpoint", _always(probe._Checkpoint))
+    monkeypatch.setattr(probe, "layer_streams", dies_after(100, after))
+    resumed = probe.probe(*arguments, checkpoint=folder)
+    assert resumed.to_csv() == table.to_csv()
+    assert before[0] == batches and after[0] == 4 - batches  # two batches of either pass, none of them read twice
+    probe.discard_checkpoint(folder)
+    assert not folder.exists()
+
+
+def _always(checkpoint):
+    """Checkpoints that cost nothing, so that each is written."""
+    return type("Always", (checkpoint,), {"cost": property(lambda self: 0.0, lambda self, value: None)})
+
+
+@pytest.mark.parametrize("damage", ["garbage", "cut", "another plan"])
+def test_a_checkpoint_that_is_damaged_or_another_probes_is_not_used(minilm, ids, damage, tmp_path, capsys):
+    other = {"seed": 1} if damage == "another plan" else {}
+    probe.probe(minilm, ids, [0], 1000, 16, checkpoint=tmp_path, **other)
+    state = tmp_path / "state.npz"
+    content = state.read_bytes()
+    if damage == "garbage":
+        middle = len(content) // 2
+        state.write_bytes(content[:middle] + bytes(64) + content[middle + 64 :])
+    elif damage == "cut":
+        state.write_bytes(content[: len(content) // 2])
+    found = probe.probe(minilm, ids, [0], 1000, 16, checkpoint=tmp_path)
+    assert found.to_csv() == probe.probe(minilm, ids, [0], 1000, 16).to_csv()
+    assert ("damaged" in capsys.readouterr().err) == (damage != "another plan")
+
+
+def test_heads_with_rotary_positions_are_described_at_distances_too(minilm, ids, monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Rotary(heads.Head):
+        causal: bool = True
+        rotary: object = "rotations"
+
+        def at(self, distance):
+            return dataclasses.replace(self, W_Q=self.W_Q / (1 + distance), rotary=None)
+
+    def rotary(model):
+        return [Rotary(h.layer, h.head, h.W_Q, h.W_K, h.W_V, None, h.scale) for h in heads.heads(model)[:2]]
+
+    monkeypatch.setattr(probe, "heads", rotary)
+    found = probe.probe(minilm, ids, [0], 1000, 16)
+    assert found["causal"].all()
+    for distance in (64, 1024):
+        for name in ("horizon", "load_median"):
+            assert (found[f"{name}_{distance}"] * (1 + distance)).tolist() == pytest.approx(found[name].tolist(), rel=1e-5)
+    meta = {"tokens": 1000, "queries": 16, "context": 256}
+    said = " ".join(report.caveats(found, meta))
+    assert "causal" in said and "rotary" in said and "1,024" in said
+
+
+class Page(HTMLParser):
+    """Tags of a page with their attributes, and its text."""
+
+    def __init__(self, content):
+        super().__init__()
+        self.tags, self.words = [], []
+        self.feed(content)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_the_command_line(tmp_path, capsys, text):
+    file, out = tmp_path / "text <1>.txt", tmp_path / "out"
+    file.write_text(text[:60_000])
+    assert cli.main(["probe", "--text", str(file), "--layer", "0", "--tokens", "3000", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "horizon" in printed and "report.html" in printed
+    written = {"heads.csv", "report.html", "horizon.png", "load.png", "effective.png", "phases.png"}
+    assert {path.name for path in out.iterdir()} == written
+    table = pd.read_csv(out / "heads.csv")
+    assert len(table) == 12 and table["horizon"].idxmax() == 2
+    assert {"coupling", "coupling_one_sided", "load_median", "load_95", "effective_1000", "effective_3000"} <= set(table)
+
+    page = Page((out / "report.html").read_text())
+    links = [v for _, attributes in page.tags for k, v in attributes.items() if k in ("src", "srcset", "href")]
+    assert len(links) == 7 and all(link.startswith("data:image/png;base64,") for link in links)
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == 4 and all(len(image["alt"]) > 30 for image in images)
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
+    words = " ".join(page.words)
+    assert "url(" not in words and "@import" not in words and "text <1>.txt" in words
+    assert sum(tag == "tr" for tag, _ in page.tags) == 13
+    frozen = (table["phase"] == "frozen").sum()
+    assert re.search(rf"\b{frozen} frozen", words) and "layer 0, head 2" in words
+
+
+def test_a_report_needs_the_tokens_it_speaks_of(table, tmp_path):
+    with pytest.raises(ValueError, match="^table: expected heads with a column effective_7"):
+        report.write(table, {"tokens": 7}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "number, shown",
+    [(0.34083, "0.341"), (12.345, "12.3"), (99.96, "100"), (1234.5, "1,230"), (0, "0.00"), (np.inf, "∞")]
+    + [(4.5678e12, "4.57&nbsp;×&nbsp;10<sup>12</sup>"), (1e-7, "1.00&nbsp;×&nbsp;10<sup>−7</sup>")],
+)
+def test_numbers_are_shown_with_three_digits(number, shown):
+    assert report._number(number) == shown
+
+
+def test_a_head_that_looks_at_nothing_is_drawn(table, tmp_path):
+    nothing = table.copy()
+    nothing.loc[0, ["horizon", "coupling", "load_median", "load_05", "load_25"]] = 0.0
+    meta = {"tokens": TOKENS, "queries": QUERIES, "seed": 0, "context": 256, "model": "m", "model_sha256": None}
+    meta |= {"text": "t", "text_sha256": "0" * 64, **records.provenance()}
+    assert len(report.write(nothing, meta, tmp_path)) == 6
+
+
+@pytest.mark.slow
+def test_a_command_killed_by_the_system_goes_on(tmp_path, text):
+    file, killed, whole = tmp_path / "text.txt", tmp_path / "killed", tmp_path / "whole"
+    file.write_text(corpora.open_corpus("scipy-docs").text[:600_000])
+    arguments = ["probe", "--text", str(file), "--layers", "0-2", "--tokens", "80000", "--queries", "256", "--out"]
+    code = "import sys; from tokcx_lib import cli, probe; probe.CHECKPOINT_SECONDS = 0.2; sys.exit(cli.main(sys.argv[1:]))"
+    state = killed / ".probe" / "state.npz"
+    with subprocess.Popen([sys.executable, "-c", code, *arguments, str(killed)], env=os.environ) as process:
+        while not state.exists() and process.poll() is None:
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL and state.exists() and not (killed / "heads.csv").exists()
+    assert cli.main([*arguments, str(killed)]) == 0 and cli.main([*arguments, str(whole)]) == 0
+    assert (killed / "heads.csv").read_bytes() == (whole / "heads.csv").read_bytes()
+    assert not (killed / ".probe").exists()
