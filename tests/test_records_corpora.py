@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import platform
 
 import pandas as pd
 import pytest
@@ -145,6 +146,89 @@ def test_the_fixed_text_is_english_and_checked(monkeypatch):
     monkeypatch.setattr(corpora, "SCIPY_DOCS_SHA256", {"0.1": "0" * 64})
     with pytest.raises(ValueError, match="scipy-docs.*expected|scipy-docs.*0.1"):
         corpora.open_corpus("scipy-docs")
+
+
+def test_the_standard_library_is_source_without_tests_and_packages(tmp_path, monkeypatch):
+    corpus = corpora.open_corpus("python-stdlib")
+    assert corpus.source.endswith(platform.python_version()) and len(corpus.text) > 5_000_000
+    assert "class OrderedDict(dict):" in corpus.text and "class Fraction(" in corpus.text
+    assert corpus.sha256 == hashlib.sha256(corpus.text.encode()).hexdigest()
+    for name, content in {
+        "b.py": b"b = 2\n", "a/z.py": b"z = 1\n", "bad.py": b"\xff\xfe", "test/t.py": b"t\n", "a/tests/t.py": b"t\n",
+        "site-packages/p.py": b"p\n", "idlelib/i.py": b"i\n", "c.txt": b"c\n",
+    }.items():  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(corpora.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    assert corpora.open_corpus("python-stdlib").text == "z = 1\nb = 2\n"
+
+
+PAGE = """\
+---
+title: front matter
+---
+
+(label)=
+# A title with $x$
+
+Prose, and `code` in it.
+
+% a comment
+```{admonition} An argument
+:class: option
+Kept inside.
+```
+
+````{prf:theorem} Named
+:label: thm
+Outer prose.
+
+```{math}
+:label: eq
+a = b
+```
+
+$$
+c = d
+$$
+````
+
+```{code-cell} python3
+:tags: [derivation]
+dropped = 1
+```
+
+```bash
+dropped too
+```
+
+```
+dropped as well
+```
+
+:::{note}
+Colons: kept.
+:::
+Last words.
+"""
+
+
+def test_prose_is_what_is_left_of_a_page():
+    found = [line for line in corpora._prose(PAGE).splitlines() if line]
+    assert found == [
+        "# A title with $x$", "Prose, and `code` in it.", "Kept inside.", "Outer prose.", "a = b", "$$", "c = d", "$$",
+        "Colons: kept.", "Last words.",
+    ]  # fmt: skip
+
+
+def test_the_book_is_prose_and_needs_a_checkout(tmp_path, monkeypatch):
+    text = corpora.open_corpus("book").text
+    assert text.count("\n## ") > 20 and "attention" in text and r"\Sigma" in text
+    for left_out in ("jupytext:", "```", "import torch", ":label:", ":tags:", "make test\n"):
+        assert left_out not in text, left_out
+    monkeypatch.setattr(corpora, "__file__", str(tmp_path / "tokcx_lib" / "corpora.py"))
+    with pytest.raises(ValueError, match="corpus: 'book' is read from a checkout"):
+        corpora.open_corpus("book")
 
 
 @pytest.mark.parametrize("name", ["nosuch", "wikipedia-en"])

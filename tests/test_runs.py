@@ -112,6 +112,26 @@ def test_numbers_that_were_not_measured_are_found_by_running_units_again(tmp_pat
         runs.verify("small", SMALL, path=tmp_path)
 
 
+def test_a_record_made_on_another_text_is_refused_before_units_are_compared(tmp_path):
+    def on(**texts):
+        return SMALL._replace(plan=lambda config, device: plan(config, device)._replace(meta={"texts": texts}))
+
+    def other_numbers(config, device):
+        return on(novel="aa11").plan({**config, "seed": 4}, device)
+
+    runs.run("small", on(novel="aa11"), path=tmp_path)
+    assert runs.verify("small", on(novel="aa11"), path=tmp_path, budget=0).difference < 1e-5
+    message = "^record 'small': made on text 'novel' with sha256 aa11, here it has "
+    with pytest.raises(ValueError, match=message + "sha256 bb22"):
+        runs.verify("small", on(novel="bb22"), path=tmp_path)
+    with pytest.raises(ValueError, match=message + "no such text"):
+        runs.verify("small", SMALL, path=tmp_path)
+    with pytest.raises(ValueError, match="record 'small': made on text 'atlas' with no such text, here it has sha256 cc33"):
+        runs.verify("small", on(novel="aa11", atlas="cc33"), path=tmp_path)
+    with pytest.raises(ValueError, match="record 'small': unit"):
+        runs.verify("small", SMALL._replace(plan=other_numbers), path=tmp_path)
+
+
 CHILD = """
 import sys; sys.path[:0] = [{root!r}, {tests!r}]
 import test_runs, torch

@@ -415,6 +415,8 @@ def logit_tails(head: Head, queries, keys, window: int | None = None, quantiles=
         log_share_normal : -log(n E sum w^2) of n independent Gaussian keys at load s, exactly (`softmax_moments`).
         position_share : of the variance of the logits, explained by the place in the window; this and what follows only
         with a window.
+        log_share_placed : what log_share would be if the logits at each place were Gaussian with one variance w, that
+        within places, around the mean logit m of the place: 2 K_m(1) - K_m(2) - w, K_m the log-MGF over places.
         effect_logits, effect_weights, effect_outputs : design effects (`window_variance_ratio`) of the mean logit, of
         the mean weight e^l, and of the output to first order, mean of e^{l - K}(V y - output), trace over V y.
 
@@ -429,9 +431,9 @@ def logit_tails(head: Head, queries, keys, window: int | None = None, quantiles=
     k, v = k.double(), v.double() - v.double().mean(0)
     blocks = [_logit_block(block @ (k - k.mean(0)).mT, v, window) for block in q.split(QUERIES)]
     found = {name: torch.cat([block[name] for block in blocks]).cpu().numpy() for name in blocks[0]}
-    normal = softmax_moments(len(keys), found["load"]).participation
-    found["log_mgf_normal"] = (normal_log_mgf(len(keys), found["load"]) / (found["load"] ** 2 / 2)).numpy()
-    found["log_share_normal"] = -np.log(len(keys) * normal)
+    loads = found["load"]
+    found["log_mgf_normal"] = normal_log_mgf(len(keys), loads).numpy() / (loads**2 / 2)
+    found["log_share_normal"] = -np.log(len(keys) * softmax_moments(len(keys), loads).participation)
     row = {}
     for name, values in found.items():
         row[name] = float(np.median(values))
@@ -465,10 +467,20 @@ def _logit_block(logits: Tensor, v: Tensor, window: int | None) -> dict[str, Ten
     }
     if window is not None:
         found["position_share"] = position_share(logits, window)
+        found["log_share_placed"] = _placed_log_share(logits, window)
         found["effect_logits"] = window_variance_ratio(logits, window)
         found["effect_weights"] = window_variance_ratio(weights, window)
         found["effect_outputs"] = _output_effect(weights, v, window)
     return found
+
+
+def _placed_log_share(logits: Tensor, window: int) -> Tensor:
+    """2 K(1) - K(2) of Gaussian logits around the mean of their place in the window, from logits (m, n); returns (m,)."""
+    whole = _require_windows(logits.shape[1], window)
+    cut = logits[:, : whole * window].reshape(len(logits), whole, window)
+    mean, within = cut.mean(1), cut.var(1).mean(1)
+    once, twice = (torch.logsumexp(t * mean, 1) - math.log(window) for t in (1, 2))
+    return 2 * once - twice - within
 
 
 def _output_effect(weights: Tensor, v: Tensor, window: int) -> Tensor:
