@@ -178,7 +178,8 @@ def test_heads_with_rotary_positions_are_described_at_distances_too(minilm, ids,
     assert found["causal"].all()
     for distance in (64, 1024):
         for name in ("horizon", "load_median"):
-            assert (found[f"{name}_{distance}"] * (1 + distance)).tolist() == pytest.approx(found[name].tolist(), rel=1e-5)
+            restored = found[f"{name}_{distance}"] * (1 + distance)
+            assert restored.tolist() == pytest.approx(found[name].tolist(), rel=1e-5)
     meta = {"tokens": 1000, "queries": 16, "context": 256}
     said = " ".join(report.caveats(found, meta))
     assert "causal" in said and "rotary" in said and "1,024" in said
@@ -209,7 +210,7 @@ def test_the_command_line(tmp_path, capsys, text):
     assert {path.name for path in out.iterdir()} == written
     table = pd.read_csv(out / "heads.csv")
     assert len(table) == 12 and table["horizon"].idxmax() == 2
-    assert {"coupling", "coupling_one_sided", "load_median", "load_95", "effective_1000", "effective_3000"} <= set(table)
+    assert {"coupling", "coupling_one_sided", "load_95", "effective_1000", "effective_3000"} <= set(table)
 
     page = Page((out / "report.html").read_text())
     links = [v for _, attributes in page.tags for k, v in attributes.items() if k in ("src", "srcset", "href")]
@@ -247,11 +248,11 @@ def test_a_head_that_looks_at_nothing_is_drawn(table, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_command_killed_by_the_system_goes_on(tmp_path, text):
+def test_a_command_killed_by_the_system_goes_on(tmp_path):
     file, killed, whole = tmp_path / "text.txt", tmp_path / "killed", tmp_path / "whole"
-    file.write_text(corpora.open_corpus("scipy-docs").text[:600_000])
-    arguments = ["probe", "--text", str(file), "--layers", "0-2", "--tokens", "80000", "--queries", "256", "--out"]
-    code = "import sys; from tokcx_lib import cli, probe; probe.CHECKPOINT_SECONDS = 0.2; sys.exit(cli.main(sys.argv[1:]))"
+    file.write_text(corpora.open_corpus("scipy-docs").text[:400_000])
+    arguments = ["probe", "--text", str(file), "--layers", "0", "--tokens", "40000", "--queries", "256", "--out"]
+    code = "import sys; from tokcx_lib import cli, probe; probe.CHECKPOINT_SECONDS = 0; cli.main(sys.argv[1:])"
     state = killed / ".probe" / "state.npz"
     with subprocess.Popen([sys.executable, "-c", code, *arguments, str(killed)], env=os.environ) as process:
         while not state.exists() and process.poll() is None:

@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--seed", type=int, default=0)
     probe.add_argument("--device", help="cpu, cuda, cuda:1 … (default: TOKCX_DEVICE or cpu)")
     probe.add_argument("--context", type=int, default=256, help="tokens the model sees at once (default: 256)")
-    probe.add_argument("--out", type=Path, help="folder for heads.csv, report.html and figures; a killed probe resumes there")
+    probe.add_argument("--out", type=Path, help="folder for heads.csv, report.html, figures; a stopped probe resumes there")
     probe.set_defaults(action=_probe)
 
     predict = actions.add_parser("predict", help="what the exact law says of a load, or of a horizon")

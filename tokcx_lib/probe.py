@@ -170,7 +170,7 @@ def phase(load: float, tokens: float) -> str:
 def predictions(coupling: float, load: float, tokens: int) -> dict[str, float | str]:
     """What the theory says of a head with some coupling and median load on `tokens` tokens.
 
-    Three exponents of the error n^-beta (`rates.exponent`), the two token budgets of the load (`finite_n.token_budget`),
+    Three exponents of the error n^-beta (`rates.exponent`), two token budgets of the load (`finite_n.token_budget`),
     the tokens to a relative error of 10% (`finite_n.sample_complexity`; infinite beyond its range) and the `phase`.
     """
     psi = max(coupling, 1e-300)  # the exponents of a head that looks at nothing are their limits
@@ -264,7 +264,7 @@ class _Checkpoint:
         plan, state = (self.folder / name for name in _CHECKPOINT_FILES)
         if plan.is_file() and state.is_file() and plan.read_bytes() == self.plan:
             try:
-                with np.load(state, allow_pickle=False) as stored:
+                with np.load(BytesIO(state.read_bytes()), allow_pickle=False) as stored:
                     if stored["plan"].item() == hashlib.sha256(self.plan).hexdigest():
                         arrays = {name: stored[name] for name in stored.files}  # all of them, checksums verified
                         for layer, each in states.items():
@@ -376,7 +376,8 @@ def probe(
             bar.update(len(batch[0]))
             saved.save(states, read)
     saved.save(states, read, now=True)
-    with tqdm(total=sum(len(state.heads) for state in states.values()), unit=" heads", desc="heads", leave=False) as bar:
+    count = sum(len(state.heads) for state in states.values())
+    with tqdm(total=count, unit=" heads", desc="heads", leave=False) as bar:
         rows = []
         for state in states.values():
             for row in state.rows(lengths):

@@ -46,7 +46,8 @@ def write(table: pd.DataFrame, meta: dict, folder: Path) -> list[Path]:
         If a file cannot be written; none is then left in half.
     """
     if len(table) == 0 or _effective(meta) not in table:
-        raise ValueError(f"table: expected heads with a column {_effective(meta)}, got {len(table)} rows, {list(table)}")
+        shown = f"{len(table)} rows of {list(table)}"
+        raise ValueError(f"table: expected heads with a column {_effective(meta)}, got {shown}")
     folder.mkdir(parents=True, exist_ok=True)
     files = {
         "heads.csv": table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode(),
@@ -148,6 +149,7 @@ def reading(table: pd.DataFrame, meta: dict) -> list[tuple[str, str]]:
         f"<b>{found.get(name, 0)} {name}</b> ({what})" for name, what in PHASES.items() if found.get(name, 0)
     )
     slowest = table.loc[table["coupling"].idxmax()]
+    largest = "".join(_one_head(head, meta) for _, head in hardest(table).iterrows())
     return [
         (
             "Where the heads are",
@@ -158,7 +160,7 @@ def reading(table: pd.DataFrame, meta: dict) -> list[tuple[str, str]]:
             "The hardest heads",
             "The load of a query is the standard deviation of its logits over the keys. The larger it is, the fewer "
             "tokens share the attention and the more of them it takes until the output has converged. The largest "
-            "median loads:</p>\n<ul>" + "".join(_one_head(head, meta) for _, head in hardest(table).iterrows()) + "</ul>",
+            f"median loads:</p>\n<ul>{largest}</ul>",
         ),
         (
             "What a token budget means",
@@ -166,7 +168,8 @@ def reading(table: pd.DataFrame, meta: dict) -> list[tuple[str, str]]:
             "about <i>e</i><sup><i>s</i>²/2</sup> tokens (<i>not frozen beyond</i>), and its error would fall like "
             "1/√<i>n</i> only beyond about <i>e</i><sup>2<i>s</i>²</sup> (<i>1/√n beyond</i>). Both are of leading "
             "exponential order. <i>10% at</i> is exact under the same assumption: the tokens after which the root mean "
-            "square error is a tenth of the output's component along the query's direction.",
+            "square error is a tenth of the output's component along the query's direction. A query of small load has "
+            "a small output, so that it too takes many tokens to a tenth of it.",
         ),
         (
             "How fast the moments converge",
@@ -184,7 +187,8 @@ def _name(head: pd.Series) -> str:
 
 def _one_head(head: pd.Series, meta: dict) -> str:
     return (
-        f"<li><b>{_name(head)}</b>: load {_number(head['load_median'])} (95% of queries below {_number(head['load_95'])}), "
+        f"<li><b>{_name(head)}</b>: load {_number(head['load_median'])} "
+        f"(95% of queries below {_number(head['load_95'])}), "
         f"{_number(head[_effective(meta)])} effective of {meta['tokens']:,} tokens; with Gaussian logits, 10% at "
         f"{_number(head['tokens_10_percent'])} tokens</li>"
     )
@@ -194,9 +198,9 @@ def caveats(table: pd.DataFrame, meta: dict) -> list[str]:
     """What the numbers do not say, as sentences of HTML."""
     n = meta["tokens"]
     found = [
-        "<b>Budgets and phases assume Gaussian logits.</b> Then a share <i>e</i><sup>−<i>s</i>²</sup> of many tokens is "
-        "effective. On real heads of load above 2 the measured share is often far higher, so a budget ranks heads; it does "
-        "not bound what they need." + _measured_share(table, meta),
+        "<b>Budgets and phases assume Gaussian logits.</b> Then a share <i>e</i><sup>−<i>s</i>²</sup> of many tokens "
+        "is effective. On real heads of load above 2 the measured share is often far higher, so a budget ranks heads; it "
+        "does not bound what they need." + _measured_share(table, meta),
         "<b>The covariance stands in for the sub-Gaussian matrix</b> that a bound would want, so horizons, couplings "
         "and loads describe these tokens and are not constants of a theorem. The same holds for the exponents.",
         f"<b>Tokens are pooled.</b> They were computed in windows of {meta['context']} tokens, and the queries attend "
@@ -277,9 +281,8 @@ def _columns(table: pd.DataFrame, meta: dict) -> dict[str, Callable[[pd.Series],
 def _heads_table(table: pd.DataFrame, meta: dict) -> str:
     columns = _columns(table, meta)
     top = "".join(f'<th scope="col">{name}</th>' for name in columns)
-    rows = (
-        "<tr>" + "".join(f"<td>{cell(head)}</td>" for cell in columns.values()) + "</tr>" for _, head in table.iterrows()
-    )
+    cells = ("".join(f"<td>{cell(head)}</td>" for cell in columns.values()) for _, head in table.iterrows())
+    rows = (f"<tr>{row}</tr>" for row in cells)
     return f"<table><thead><tr>{top}</tr></thead><tbody>\n" + "\n".join(rows) + "\n</tbody></table>"
 
 
@@ -307,8 +310,8 @@ def _facts(table: pd.DataFrame, meta: dict) -> str:
         return escape(str(meta[name])) + shown
 
     layers = sorted(table["layer"].unique())
-    # Runs of layers are written as the command takes them.
-    span = f"{layers[0]}–{layers[-1]}" if len(layers) == layers[-1] - layers[0] + 1 > 1 else ", ".join(map(str, layers))
+    run = 1 < len(layers) == layers[-1] - layers[0] + 1
+    span = f"{layers[0]}–{layers[-1]}" if run else ", ".join(map(str, layers))
     facts = {
         "model": named("model"),
         "text": named("text"),
@@ -349,8 +352,8 @@ def page(table: pd.DataFrame, meta: dict) -> str:
 </header>
 <main>
 <h2>The heads in the phase diagram</h2>
-{_figure("phases", table, meta, f"Each dot is a head at its median load, on {n:,} tokens. Those named, layer.head, have the "
-         f"largest loads: {named}. Dashed: the token budgets. Lines: relative error of a Gaussian query.")}
+{_figure("phases", table, meta, f"Each dot is a head at its median load, on {n:,} tokens. Those named, layer.head, "
+         f"have the largest loads: {named}. Dashed: the token budgets. Lines: relative error of a Gaussian query.")}
 <h2>Reading</h2>
 {said}
 <h2>What the numbers do not say</h2>
@@ -358,9 +361,11 @@ def page(table: pd.DataFrame, meta: dict) -> str:
 {warned}
 </ul>
 <h2>Maps</h2>
-{_figure("horizon", table, meta, "Horizon: how strongly a typical query tilts the law of the keys. Large: convergence is slow.")}
+{_figure("horizon", table, meta, "Horizon: how far the head's strongest direction tilts the law of the keys. "
+         "Where it is large, moments converge slowly.")}
 {_figure("load", table, meta, "Load: standard deviation of the logits of the median query.")}
-{_figure("effective", table, meta, f"Effective tokens 1/Σw²: how many of {n:,} keys share the attention of the median query.")}
+{_figure("effective", table, meta, f"Effective tokens 1/Σw²: how many of {n:,} keys share the attention of the "
+         "median query.")}
 <h2>All heads</h2>
 <div class="wide">{_heads_table(table, meta)}</div>
 <p class="faint">Every column of the probe is in heads.csv, beside this page.</p>
