@@ -7,7 +7,6 @@ import torch
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel, T5Config, T5EncoderModel
 
 from tokcx_lib import cli, corpora, fits, geometry, heads, laws, probe, runtime
-from tokcx_lib.experiments import real_heads
 
 SIZES = dict(
     vocab_size=120, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=16,
@@ -152,31 +151,10 @@ def test_head_geometry_is_that_of_the_logits(minilm):
         assert torch.allclose(centred, spread, rtol=1e-6)
 
 
-def test_moment_errors_can_be_rerun_alone_and_shrink(minilm):
-    ids = heads.tokenize(minilm, corpora.open_corpus("scipy-docs").text)[:8000]
-    (x,) = probe.collect_tokens(minilm, ids, [0])
-    head = heads.heads(minilm)[7]
-    limit = {"pool": probe.self_attention(head, x)}
-    few = probe.moment_errors(head, x, limit, [50, 200, 3200], 2, seed=3)
-    more = probe.moment_errors(head, x, limit, [50, 200, 3200], 6, seed=3)
-    pd.testing.assert_frame_equal(few, more[: len(few)])
-    means = more.groupby("n")[["mean_error_pool", "cov_error_pool"]].mean()
-    assert (means.iloc[0] > 4 * means.iloc[2]).all()  # 64 times the tokens: a factor of 8 at n^-1/2
-
-
-def test_the_experiments_of_the_records_run(minilm, monkeypatch):
-    ids = torch.as_tensor(heads.tokenize(minilm, corpora.open_corpus("scipy-docs").text)[:3000])
-    monkeypatch.setattr(real_heads, "_wikitext", lambda model: (ids, {"text": "sha"}))
-    config = {"lengths": [100, 300], "replicates": 2, "reference": 1000, "pool": 1500, "seed": 1}
-    plan = real_heads.real_heads_layer0(config, "cpu")
-    assert plan.units == [(head,) for head in range(12)] and plan.meta["texts"] == {"text": "sha"}
-    parts = [plan.work(*unit) for unit in plan.units[:2]]
-    assert all(len(part.table) == 2 * 2 and part.arrays["mean_floor"] > 0 for part in parts)
-    assert plan.summary([part.arrays for part in parts])["heads"]["1"]["cov_scale"] > 0
-    plan = real_heads.real_heads_geometry({"tokens": 1500, "queries": 64, "seed": 1}, "cpu")
-    assert plan.units == [(layer,) for layer in range(6)]
+def test_a_layer_probed_alone_has_the_same_numbers(minilm):
+    ids = heads.tokenize(minilm, corpora.open_corpus("scipy-docs").text)[:3000]
     both = probe.probe(minilm, ids, [3, 5], tokens=1500, queries=64, seed=1)
-    alone = pd.concat([plan.work(layer).table for layer in (3, 5)], ignore_index=True)
+    alone = pd.concat([probe.probe(minilm, ids, [k], tokens=1500, queries=64, seed=1) for k in (3, 5)], ignore_index=True)
     pd.testing.assert_frame_equal(both, alone)
 
 
@@ -204,7 +182,7 @@ def test_slopes_of_known_power_laws():
         (["probe", "--text", "scipy-docs", "--layer", "17"], "17"),
         (["probe", "--text", "scipy-docs", "--model", "no/such-model"], "no/such-model"),
         (["probe", "--text", "scipy-docs", "--device", "cuda:99"], "cuda:99"),
-        (["run", "nosuch"], "real_heads_layer0"),
+        (["run", "nosuch"], "real_heads_moments"),
         (["verify", "nosuch"], "nosuch"),
     ],
 )

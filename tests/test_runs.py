@@ -94,7 +94,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match="replicates: expected"):
         SMALL.config("full", 0)
     with pytest.raises(ValueError, match="replicates: this experiment has no"):
-        EXPERIMENTS["real_heads_geometry"].config("full", 3)
+        EXPERIMENTS["real_heads_sinks"].config("full", 3)
     wrong = SMALL._replace(plan=lambda config, device: runs.Plan([(7,)], lambda r: runs.Part(plan(config, device).work(1).table)))
     with pytest.raises(ValueError, match="expected replicate = 7"):
         runs.run("wrong", wrong, path=tmp_path)

@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--text", required=True, help="a file, or a known corpus such as wikitext2-test")
     probe.add_argument("--layers", "--layer", type=_layers, help="for example 0,3-5 (default: all)")
     probe.add_argument("--tokens", type=int, default=100_000, help="tokens of the text to use (default: 100000)")
-    probe.add_argument("--queries", type=int, default=2048, help="queries drawn to stand for all (default: 2048)")
+    probe.add_argument("--queries", type=int, default=1024, help="queries drawn to stand for all (default: 1024)")
     probe.add_argument("--seed", type=int, default=0)
     probe.add_argument("--device", help="cpu, cuda, cuda:1 … (default: TOKCX_DEVICE or cpu)")
     probe.add_argument("--context", type=int, default=256, help="tokens the model sees at once (default: 256)")

@@ -6,9 +6,10 @@ There is no closed form for a law of real tokens, so a large sample stands for i
   pool (`pool_moments`). Replicates draw from the pool with replacement, one token at a time or whole windows
   (`moment_errors`). How far the pool is from the law that it was drawn from is its *noise floor*: the distance between
   the moments of half of it and of all of it, which for an average of independent terms is as large, in mean square.
-* **Map.** The outputs of fixed queries, over tokens drawn from the pool (`drawn_map_errors`) or over running text: a stream of tokens is cut into segments; the outputs of fixed queries over the start of each segment are
-  compared to those over all the *other* segments (`map_errors`), so that reference and replicate share no token. The
-  noise floor is half the distance between the outputs over the two halves of the stream.
+* **Map.** The outputs of fixed queries, over tokens drawn from the pool (`drawn_map_errors`) or over running text. There a
+  stream of tokens is cut into segments, and the outputs over the start of each segment are compared to those over all
+  the *other* segments (`map_errors`), so that reference and replicate share no token. The noise floor is half the
+  distance between the outputs over the two halves of the stream.
 * **Gaussian twin.** The same head on Gaussian tokens of the same mean and covariance, where limits are in closed form
   (`twin_errors`) and errors of the map follow from the exact law of chapter 9 (`twin_map_error`). What real tokens do
   beyond their first two moments is the difference.

@@ -1,4 +1,4 @@
-"""The study of one model on one text: the geometry of every head, and how fast its moments converge.
+"""The study of one model on one text: the geometry of every head.
 
 Tokens are pooled over the windows that the model reads. The covariance stands where a bound would want the
 sub-Gaussian matrix, so H, Psi and the loads describe these tokens; they are not constants of a theorem.
@@ -30,7 +30,7 @@ from tqdm import tqdm
 import tokcx_lib
 from tokcx_lib import finite_n, geometry, rates, records, runtime
 from tokcx_lib.heads import Head, TextModel, heads, layer_streams, tokenize
-from tokcx_lib.streaming import Moments, partial_attention, prefix_moments
+from tokcx_lib.streaming import partial_attention
 from tokcx_lib.validation import as_count
 
 CONTEXT = 256  # tokens the model sees at once, its special tokens included
@@ -305,7 +305,7 @@ def probe(
     text,
     layers: Sequence[int] | None = None,
     tokens: int = 100_000,
-    queries: int = 2048,
+    queries: int = 1024,
     seed: int = 0,
     context: int = CONTEXT,
     checkpoint: Path | None = None,
@@ -422,43 +422,3 @@ def _plan(model: TextModel, ids: np.ndarray, layers: list[int], queries: int, se
         "torch": torch.__version__,
         "tokcx": tokcx_lib.__version__,
     }
-
-
-def self_attention(head: Head, x: Tensor, seed: int = 0) -> Moments:
-    """Mean (d_v,) and covariance (d_v, d_v) of one head's self-attention over all tokens (n, d)."""
-    order = torch.randperm(len(x), generator=runtime.generator(seed)).to(x.device)
-    mean, cov = prefix_moments(*head.project(x[order]), [len(x)])
-    return Moments(mean[0], cov[0])
-
-
-def moment_errors(
-    head: Head, pool: Tensor, limits: dict[str, Moments], lengths: Sequence[int], replicates: int, seed: int
-) -> pd.DataFrame:
-    """Errors of the moments of self-attention over n tokens drawn i.i.d. with replacement from a pool.
-
-    Parameters
-    ----------
-    pool : (N, d), tokens to draw from.
-    limits : named moments to compare with, from `self_attention`.
-    lengths : increasing n; the prefixes of one replicate share tokens.
-    seed : replicate r of head h in layer l draws from its own stream, so any of them can be re-run alone.
-
-    Returns
-    -------
-    DataFrame
-        layer, head, replicate, n and, for each limit NAME, mean_error_NAME = ||m_n - m||_2 and
-        cov_error_NAME = ||C_n - C||_F.
-    """
-    q, k, v = head.project(pool)
-    rows = []
-    for replicate in range(replicates):
-        stream = runtime.stream(seed, head.layer, head.head, replicate)
-        drawn = torch.randint(len(pool), (lengths[-1],), generator=stream).to(pool.device)
-        mean, cov = prefix_moments(q[drawn], k[drawn], v[drawn], lengths)
-        for i, n in enumerate(lengths):
-            row = {"layer": head.layer, "head": head.head, "replicate": replicate, "n": n}
-            for name, limit in limits.items():
-                row[f"mean_error_{name}"] = torch.linalg.vector_norm(mean[i] - limit.mean).item()
-                row[f"cov_error_{name}"] = torch.linalg.matrix_norm(cov[i] - limit.cov).item()
-            rows.append(row)
-    return pd.DataFrame(rows)
