@@ -1,13 +1,17 @@
-"""Attention layers on top of each other, on Gaussian tokens (chapter 12)."""
+"""Attention layers on top of each other, and heads side by side, on Gaussian tokens and in the embedded model (chapter 12)."""
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
+import numpy as np
 import pandas as pd
 import torch
 
-from tokcx_lib import binned, depth, runtime
+from tokcx_lib import binned, depth, joint, probe, runtime
+from tokcx_lib.experiments.texts import CONTEXT, wikipedia_windows
+from tokcx_lib.heads import EMBEDDED, heads, load_model, output_maps
 from tokcx_lib.laws import Gaussian
 from tokcx_lib.runs import Experiment, Part, Plan
 
@@ -69,6 +73,62 @@ def depth_scalar(config: dict, device) -> Plan:
     return Plan(units, work, {"layers": stack.table().to_dict("records")})
 
 
+POOL = 30_000  # first window, of a random order of the text, that `depth_heads` reads
+
+
+def depth_heads(config: dict, device) -> Plan:
+    """Errors of the heads of each layer, over keys that they share, after the output projection.
+
+    The law is that of a pool of `pool` tokens of Wikipedia; `queries` of them ask. Columns: total, root mean square over
+    queries of the norm of the summed errors, in units of the spread of the layer's output; head_h, the same of head h
+    alone; quadrature, the root of the sum of their squares. In the JSON, for each layer: correlation (lengths, h, h),
+    `joint.correlation` over the replicates; first_order (h, h), `joint.first_order_gram` at the first
+    `first_order_queries` of the queries, and the spread.
+    """
+    model = load_model(EMBEDDED, device)
+    ids, texts = wikipedia_windows(model, config["pool"], config["seed"], POOL)
+    every, maps = heads(model), output_maps(model)
+    layers = sorted({head.layer for head in every})
+
+    @lru_cache(maxsize=1)
+    def tokens() -> list[torch.Tensor]:
+        return probe.collect_tokens(model, ids[: config["pool"]], layers)
+
+    def work(layer: int) -> Part:
+        pool = tokens()[layer]
+        chosen, outputs = zip(*((head, W) for head, W in zip(every, maps) if head.layer == layer))
+        order = torch.randperm(len(pool), generator=runtime.stream(config["seed"], layer))
+        queries = pool[order[: config["queries"]].to(pool.device)]
+        limits = joint.pool_limits(chosen, outputs, queries, pool)
+        draws = config["lengths"], config["replicates"], config["seed"]
+        grams = joint.gram_errors(chosen, outputs, queries, pool, limits, *draws)
+        squares = grams.diagonal(dim1=-2, dim2=-1)
+        rows = []
+        for replicate in range(config["replicates"]):
+            for i, n in enumerate(config["lengths"]):
+                size = (squares[replicate, i].sqrt() / limits.spread).tolist()
+                total = grams[replicate, i].sum().sqrt().item() / limits.spread
+                quadrature = squares[replicate, i].sum().sqrt().item() / limits.spread
+                rows.append((layer, replicate, n, total, quadrature, *size))
+        columns = ["layer", "replicate", "n", "total", "quadrature", *(f"head_{head.head}" for head in chosen)]
+        first = joint.first_order_gram(chosen, outputs, queries[: config["first_order_queries"]], pool)
+        kept = {"correlation": joint.correlation(grams), "first_order": first.cpu() / limits.spread**2}
+        arrays = {name: value.numpy() for name, value in kept.items()}
+        return Part(pd.DataFrame(rows, columns=columns), {**arrays, "spread": np.array(limits.spread)})
+
+    def summary(arrays) -> dict:
+        return {"layers": {str(layer): _rounded(kept) for layer, kept in zip(layers, arrays, strict=True)}}
+
+    meta = {"texts": texts, "model": model.name, "model_sha256": model.sha256, "context": CONTEXT}
+    return Plan([(layer,) for layer in layers], work, meta, summary=summary)
+
+
+def _rounded(arrays: dict[str, np.ndarray]) -> dict:
+    """Arrays as lists of numbers of four digits, for a record's JSON."""
+    digits = np.vectorize(lambda x: float(f"{x:.4g}"), otypes=[float])
+    return {name: digits(value).tolist() for name, value in arrays.items()}
+
+
 EXPERIMENTS = {
     "depth_gaussian": Experiment(
         depth_gaussian,
@@ -100,5 +160,19 @@ EXPERIMENTS = {
             "seed": 20_261_300,
         },
         quick={"lengths": [10**4, 10**5, 10**6], "replicates": 100},
+    ),
+    "depth_heads": Experiment(
+        depth_heads,
+        ("layer",),
+        full={
+            "pool": 100_000,
+            "queries": 128,
+            "first_order_queries": 16,
+            "lengths": [250, 500, 1000, 2000, 4000, 8000, 15_000, 30_000],
+            "replicates": 24,
+            "seed": 20_261_400,
+        },
+        quick={"pool": 10_160, "queries": 32, "first_order_queries": 4, "lengths": [250, 500, 1000], "replicates": 5},
+        tolerance=1e-3,
     ),
 }
