@@ -49,28 +49,31 @@ def depth_gaussian(config: dict, device) -> Plan:
 
 
 def depth_scalar(config: dict, device) -> Plan:
-    """Errors of a stack in one dimension over 10^4 to 10^10 tokens, from counts in bins (`depth.scalar_errors`).
+    """Errors of stacks in one dimension over 10^4 to 10^10 tokens, from counts in bins (`depth.scalar_errors`).
 
-    Columns probe_x: error of a query that starts at x and is none of the tokens; rms and mean: of the tokens.
-    Tokens at different n are independent.
+    `stacks` gives the horizons of their layers. Columns probe_x: error of a query that starts at x and is none of the
+    tokens; rms and mean: of the tokens. Stacks share tokens; tokens at different n are independent.
     """
-    stack, blocks = depth.scalar_stack(config["horizons"]), math.ceil(config["replicates"] / config["block"])
+    chosen = {name: depth.scalar_stack(horizons) for name, horizons in config["stacks"].items()}
+    blocks = math.ceil(config["replicates"] / config["block"])
 
     def work(n: int, block: int) -> Part:
         first = block * config["block"]
         numbers = range(first, min(first + config["block"], config["replicates"]))
         draws = [binned.draw(n, runtime.stream(config["seed"], n, r), config["bins"]) for r in numbers]
-        probes, rms, mean = depth.scalar_errors(stack, draws, config["probes"])
-        rows = [
-            (n, block, layer, r, *probes[layer - 1, i].tolist(), rms[layer - 1, i].item(), mean[layer - 1, i].item())
-            for layer in range(1, len(stack.layers) + 1)
-            for i, r in enumerate(numbers)
-        ]
+        rows = []
+        for name, stack in chosen.items():
+            probes, rms, mean = depth.scalar_errors(stack, draws, config["probes"])
+            for layer in range(len(stack.layers)):
+                for i, r in enumerate(numbers):
+                    found = *probes[layer, i].tolist(), rms[layer, i].item(), mean[layer, i].item()
+                    rows.append((n, block, name, layer + 1, r, *found))
         names = [f"probe_{x:g}" for x in config["probes"]]
-        return Part(pd.DataFrame(rows, columns=["n", "block", "layer", "replicate", *names, "rms", "mean"]))
+        return Part(pd.DataFrame(rows, columns=["n", "block", "stack", "layer", "replicate", *names, "rms", "mean"]))
 
     units = [(n, block) for n in config["lengths"] for block in range(blocks)]
-    return Plan(units, work, {"layers": stack.table().to_dict("records")})
+    described = {name: stack.table().to_dict("records") for name, stack in chosen.items()}
+    return Plan(units, work, {"layers": described})
 
 
 POOL = 30_000  # first window, of a random order of the text, that `depth_heads` reads
@@ -151,12 +154,12 @@ EXPERIMENTS = {
         depth_scalar,
         ("n", "block"),
         full={
-            "horizons": [1.5, 0.5, 0.5],
+            "stacks": {"cold first": [1.5, 0.5, 0.5], "alike": [0.9, 0.9, 0.9, 0.9]},
             "probes": [0.0, 0.5, 1.0],
             "lengths": [10**k for k in range(4, 11)],
-            "replicates": 600,
+            "replicates": 400,
             "block": 50,
-            "bins": 5000,
+            "bins": 2500,
             "seed": 20_261_300,
         },
         quick={"lengths": [10**4, 10**5, 10**6], "replicates": 100},
