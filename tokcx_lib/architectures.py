@@ -33,7 +33,9 @@ class Architecture:
 
 
 BERT = Architecture("encoder.layer", "attention.self", ("query", "key", "value"), "attention.output.dense")
-LLAMA = Architecture("layers", "self_attn", ("q_proj", "k_proj", "v_proj"), "self_attn.o_proj", causal=True, rotary=True)
+LLAMA = Architecture(
+    "layers", "self_attn", ("q_proj", "k_proj", "v_proj"), "self_attn.o_proj", causal=True, rotary=True
+)
 ARCHITECTURES = {
     "bert": BERT,
     "roberta": BERT,

@@ -179,7 +179,7 @@ def _between(first: Tensor, rise: Tensor, left: Tensor, part: Tensor) -> Tensor:
 
 
 def weighted_attention(tilts: Tensor, points: Tensor, counts: Tensor, mesh: float = MESH) -> Tensor:
-    """Softmax attention over scalar tokens of which `counts` (m,) lie at `points` (m,), at tilts (q,): outputs (q,), float64.
+    """Softmax attention at tilts (q,) over scalar tokens of which `counts` (m,) lie at `points` (m,): (q,), float64.
 
     Points may lie anywhere: after a layer, the tokens of a bin are still together, and no longer evenly spaced.
     Many tilts share one table of the map, with steps of `mesh` / (range of the points), as in `self_attention`.
@@ -199,7 +199,8 @@ def weighted_attention(tilts: Tensor, points: Tensor, counts: Tensor, mesh: floa
     step = grid[1] - grid[0]
     place = (tilts - low) / step
     left = place.long().clamp(0, rows - 2)
-    return _between(first[:, None], ((sums[:, 1] - first**2) * step)[:, None], left[:, None], (place - left)[:, None])[:, 0]
+    rise = (sums[:, 1] - first**2) * step
+    return _between(first[:, None], rise[:, None], left[:, None], (place - left)[:, None])[:, 0]
 
 
 def influence_means(tokens: BinnedTokens, slope: float) -> tuple[float, float]:

@@ -1,9 +1,9 @@
 """Attention layers on top of each other: Gaussian tokens through several of them, their limit, and first-order errors.
 
 A layer moves every token, x <- gain (x + V Gamma(x)), where Gamma is attention over the tokens themselves, which moved
-in all layers before. Over infinitely many Gaussian tokens N(0, Sigma) a layer is a linear map, M = gain (I + V Sigma A),
-so tokens stay Gaussian and the whole stack is known: Sigma <- M Sigma M' (`gaussian_stack`). Over n tokens every layer
-errs anew, on tokens that are already off (`stack_errors`). Chapter 12.
+in all layers before. Over infinitely many Gaussian tokens N(0, Sigma) a layer is a linear map, M = gain (I +
+V Sigma A), so tokens stay Gaussian and the whole stack is known: Sigma <- M Sigma M' (`gaussian_stack`). Over n tokens
+every layer errs anew, on tokens that are already off (`stack_errors`). Chapter 12.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def gaussian_stack(cov, layers: Sequence[Layer], keep_trace: bool = False) -> St
 
 
 def steady_stack(dim: int, depth: int, horizon: float, value: float, seed: int) -> Stack:
-    """Layers that keep the scale of their tokens: each with a form and values of its own, and gains that keep the trace.
+    """Layers that keep the scale of their tokens: each has its own form and values, and a gain that keeps the trace.
 
     Tokens N(0, I) enter. Forms are `horizon` times `sweeps.power_law_form`, values `value` times a random rotation.
     """
@@ -107,8 +107,8 @@ def steady_stack(dim: int, depth: int, horizon: float, value: float, seed: int) 
 def drifting_stack(dim: int, depth: int, horizon: float, value: float, seed: int) -> Stack:
     """One layer applied again and again, whose values feed what its queries look for, so that loads grow with depth.
 
-    With the form A = horizon L D R' of `sweeps.power_law_form`, the values are V = value R L': every layer stretches the
-    tokens along the directions R by which queries are read, and no gain takes that back.
+    With the form A = horizon L D R' of `sweeps.power_law_form`, the values are V = value R L': every layer stretches
+    the tokens along the directions R by which queries are read, and no gain takes that back.
     """
     form = as_positive("horizon", horizon) * sweeps.power_law_form(dim, seed)
     left, _, right = torch.linalg.svd(form)
@@ -120,11 +120,11 @@ def effective_couplings(stack: Stack) -> list[float]:
     """What stands in place of Psi in the exponent of the moments after each layer, to first order (chapter 12).
 
     In whitened tokens z, which all layers share up to a rotation, let the query z_i send the key z_j to the logit
-    z_j' B_l z_i in layer l. One token's pull on a query of layer k travels on through the layers above: the keys that
-    those read are N(B z, I) around each query. With C = I, and C <- I + B C B' down the layers from l, the pull of layer
-    k has the tail of e^{z'Pz/2}, P = G (I + G)^-1, G = B_k C B_k'. The result, for each l, is the largest ||G|| over k <= l;
-    in one dimension Psi_k (1 + Psi_{k+1} (1 + ... Psi_l)). Moments after l layers then converge like n^-beta, and so does
-    every fixed query in layer l + 1, beta = min(1/2, 1 / (1 + result)).
+    z_j' B_l z_i in layer l. One token's pull on a query of layer k travels on through the layers above, where a query z
+    reads keys N(B z, I). With C = I, and C <- I + B C B' down the layers from l, the pull of layer k has the tail of
+    e^{z'Pz/2}, P = G (I + G)^-1, G = B_k C B_k'. The result, for each l, is the largest ||G|| over k <= l; in one
+    dimension Psi_k (1 + Psi_{k+1} (1 + ... Psi_l)). Moments after l layers then converge like n^-beta, and so does every
+    fixed query in layer l + 1, beta = min(1/2, 1 / (1 + result)).
     """
     half, forms = geometry.root(stack.covs[0]), []
     for layer, M in zip(stack.layers, stack.maps):
@@ -151,8 +151,8 @@ def step(layer: Layer, x: Tensor, keys: Tensor | None = None) -> Tensor:
 def moved_keys(layer: Layer, x: Tensor, shifts: Tensor, queries: Tensor | None = None) -> Tensor:
     """Derivative of a layer's output when its keys move by `shifts`, and its queries do not.
 
-    With softmax weights w_ij and Gamma_i = sum_j w_ij x_j, that is gain V sum_j w_ij (d_j + (x_j - Gamma_i) <A x_i, d_j>):
-    a key that moves takes its share of the output with it, and its share changes with its logit.
+    With softmax weights w_ij and Gamma_i = sum_j w_ij x_j, that is gain V sum_j w_ij (d_j + (x_j - Gamma_i) <A x_i,
+    d_j>): a key that moves takes its share of the output with it, and its share changes with its logit.
 
     Parameters
     ----------
@@ -184,12 +184,12 @@ def _size(errors: Tensor) -> float:
 
 
 STACK_COLUMNS = [
-    "n", "layer", "error", "fresh", "linear", "remainder", "own", "keys",
+    "n", "layer", "error", "fresh", "linear", "own", "keys", "remainder",
     "mean_error", "cov_error", "sample_mean", "sample_cov",
 ]  # fmt: skip
 
 
-def stack_errors(stack: Stack, tokens: Tensor, lengths: Sequence[int], linear_most: int = 0) -> pd.DataFrame:
+def stack_errors(stack: Stack, tokens: Tensor, lengths: Sequence[int], split_most: int = 0) -> pd.DataFrame:
     """Errors of n tokens on their way through a stack, for each n in `lengths`: the first n tokens, and no others.
 
     What token i should be after l layers is x_i = M_l ... M_1 (token i). It is z_i, its error z_i - x_i.
@@ -198,17 +198,18 @@ def stack_errors(stack: Stack, tokens: Tensor, lengths: Sequence[int], linear_mo
     ----------
     tokens : (n, d), a sample of N(0, stack.covs[0]); attention runs in its precision.
     lengths : increasing integers.
-    linear_most : the longest length at which the first-order recursion is followed too (it takes the n x n weights).
+    split_most : the longest length at which the error is also split into its sources.
 
     Returns
     -------
-    DataFrame, one row a length and layer. All errors but the last four are root mean squares over tokens, in units of
-    sqrt(tr Sigma_l), the size of a token there:
-        error : of z; fresh : made in this layer alone, from tokens that are where they should be.
-        linear : first-order prediction, d <- M d + moved_keys(d) + fresh error; remainder : its distance from z - x.
-        own, keys : the first two terms of it. NaN where the recursion is not followed.
-        mean_error : norm of the mean of z, same units; cov_error : Frobenius norm of the error of their covariance,
-        relative to that of Sigma_l; sample_mean and sample_cov : the same of x, which holds only that of the draw.
+    DataFrame, one row a length and layer. Root mean squares over tokens, in units of sqrt(tr Sigma_l), the size of a
+    token there:
+        error : of z.
+        fresh : made in this layer alone, from tokens that are where they should be; linear : first-order prediction,
+        d <- M d + moved_keys(d) + fresh error; own, keys : the first two terms of it; remainder : its distance from
+        z - x. NaN beyond `split_most`.
+    And of the moments: mean_error, norm of the mean of z in the same units; cov_error, Frobenius norm of the error of
+    their covariance, relative to that of Sigma_l; sample_mean and sample_cov, the same of x: the error of the draw.
     """
     tokens, lengths = as_tokens("tokens", tokens, len(stack.covs[0])), as_lengths("lengths", lengths, most=len(tokens))
     rows = []
@@ -217,17 +218,17 @@ def stack_errors(stack: Stack, tokens: Tensor, lengths: Sequence[int], linear_mo
         first = torch.zeros_like(exact)
         for number, (layer, M, cov) in enumerate(zip(stack.layers, stack.maps, stack.covs[1:]), 1):
             should = exact @ M.to(exact).mT
-            fresh = step(layer, exact) - should
             moved = step(layer, moved)
-            parts = [math.nan] * 4
+            parts = [math.nan] * 5
             unit = cov.trace().sqrt().item()
-            if n <= linear_most:
+            if n <= split_most:
+                fresh = step(layer, exact) - should
                 own, keys = first @ M.to(first).mT, moved_keys(layer, exact, first)
                 first = own + keys + fresh
-                parts = [_size(e) / unit for e in (first, moved - should - first, own, keys)]
+                parts = [_size(e) / unit for e in (fresh, first, own, keys, moved - should - first)]
             exact = should
             of_moved, of_sample = (_moment_errors(x, cov) for x in (moved, exact))
-            rows.append((n, number, _size(moved - exact) / unit, _size(fresh) / unit, *parts, *of_moved, *of_sample))
+            rows.append((n, number, _size(moved - exact) / unit, *parts, *of_moved, *of_sample))
     return pd.DataFrame(rows, columns=STACK_COLUMNS)
 
 
@@ -241,7 +242,7 @@ def _moment_errors(x: Tensor, cov: Tensor) -> tuple[float, float]:
 
 
 def scalar_stack(horizons: Sequence[float], value: float = 1.0) -> Stack:
-    """Layers in one dimension whose tokens stay N(0, 1): horizon of each, V = value, and the gain 1 / (1 + value horizon)."""
+    """Layers in one dimension whose tokens stay N(0, 1): horizon of each, V = value, gain 1 / (1 + value horizon)."""
     one = torch.eye(1, dtype=torch.float64)
     layers = [Layer(as_positive("horizons", h) * one, as_positive("value", value) * one) for h in horizons]
     return gaussian_stack(one, layers, keep_trace=True)

@@ -1,9 +1,9 @@
 """How the heads of one layer converge together: their errors, after the output projection, are vectors of one space.
 
 Heads of a layer read the same keys, so what n keys do to one of them is not independent of what they do to another. The
-error of the layer is the sum of its heads' errors, e = sum_h W_O^h (Gamma_n^h - Gamma^h), and all that one needs to know
-of it are the inner products <e_h, e_g> (`gram_errors`). To first order these are E<e_h, e_g> = c_hg / n with a matrix c
-that follows from the limit alone (`first_order_gram`). Chapter 12.
+error of the layer is the sum of its heads' errors, e = sum_h W_O^h (Gamma_n^h - Gamma^h), and all that one needs to
+know of it are the inner products <e_h, e_g> (`gram_errors`). To first order these are E<e_h, e_g> = c_hg / n with a
+matrix c that follows from the limit alone (`first_order_gram`). Chapter 12.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _projected(heads: Sequence[Head], x: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def pool_limits(heads: Sequence[Head], outputs: Sequence[Tensor], queries: Tensor, pool: Tensor) -> Limits:
-    """Attention of queries (m, d) over a whole pool (N, d), for heads of one layer; `outputs`: W_O of each, (d, d_v)."""
+    """Attention of queries (m, d) over a whole pool (N, d), for heads of one layer; `outputs`: W_O of each (d, d_v)."""
     pool = as_tokens("pool", pool)
     q = _projected(heads, as_tokens("queries", queries, pool.shape[1]))[0]
     _, k, v = _projected(heads, pool)
@@ -66,7 +66,7 @@ def gram_errors(
     replicates: int,
     seed: int,
 ) -> Tensor:
-    """`gram` of the errors of the heads of a layer over n tokens, drawn from a pool with replacement and shared by them.
+    """`gram` of the errors of the heads of a layer over n tokens, which they share, drawn from a pool with replacement.
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ def first_order_gram(heads: Sequence[Head], outputs: Sequence[Tensor], queries: 
 
     Parameters
     ----------
-    heads : of one layer; outputs : their W_O; queries : (m, d); pool : (N, d). Work and memory grow like h d_v N a query.
+    heads : of one layer; outputs : their W_O; queries : (m, d); pool : (N, d). Memory grows like h d_v N.
     """
     pool = as_tokens("pool", pool)
     queries = as_tokens("queries", queries, pool.shape[1])

@@ -1,4 +1,4 @@
-"""Attention layers on top of each other, and heads side by side, on Gaussian tokens and in the embedded model (chapter 12)."""
+"""Attention layers on top of each other, and heads side by side: Gaussian tokens, and the embedded model (chapter 12)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def depth_gaussian(config: dict, device) -> Plan:
         tokens = law.sample(config["lengths"][-1], stream).to(device, torch.float32)
         tables = []
         for name, stack in chosen.items():
-            table = depth.stack_errors(stack, tokens, config["lengths"], config["linear_most"])
+            table = depth.stack_errors(stack, tokens, config["lengths"], config["split_most"])
             table.insert(0, "stack", name)
             table.insert(1, "replicate", replicate)
             tables.append(table)
@@ -82,8 +82,8 @@ POOL = 30_000  # first window, of a random order of the text, that `depth_heads`
 def depth_heads(config: dict, device) -> Plan:
     """Errors of the heads of each layer, over keys that they share, after the output projection.
 
-    The law is that of a pool of `pool` tokens of Wikipedia; `queries` of them ask. Columns: total, root mean square over
-    queries of the norm of the summed errors, in units of the spread of the layer's output; head_h, the same of head h
+    The law is that of a pool of `pool` tokens of Wikipedia; `queries` of them ask. Columns: total, root mean square
+    over queries of the norm of the summed errors, in units of the spread of the layer's output; head_h, the same of head h
     alone; quadrature, the root of the sum of their squares. In the JSON, for each layer: correlation (lengths, h, h),
     `joint.correlation` over the replicates; first_order (h, h), `joint.first_order_gram` at the first
     `first_order_queries` of the queries, and the spread.
@@ -143,11 +143,11 @@ EXPERIMENTS = {
             "steady_value": 0.5,
             "drifting_value": 0.3,
             "lengths": [250, 500, 1000, 2000, 4000, 8000, 16_000],
-            "linear_most": 2000,
-            "replicates": 24,
+            "split_most": 4000,
+            "replicates": 20,
             "seed": 12,
         },
-        quick={"lengths": [250, 500, 1000], "linear_most": 500, "replicates": 6},
+        quick={"lengths": [250, 500, 1000], "split_most": 500, "replicates": 6},
         tolerance=1e-3,
     ),
     "depth_scalar": Experiment(
@@ -157,7 +157,7 @@ EXPERIMENTS = {
             "stacks": {"cold first": [1.5, 0.5, 0.5], "alike": [0.9, 0.9, 0.9, 0.9]},
             "probes": [0.0, 0.5, 1.0],
             "lengths": [10**k for k in range(4, 11)],
-            "replicates": 400,
+            "replicates": 300,
             "block": 50,
             "bins": 2500,
             "seed": 20_261_300,
@@ -168,11 +168,11 @@ EXPERIMENTS = {
         depth_heads,
         ("layer",),
         full={
-            "pool": 100_000,
+            "pool": 60_000,
             "queries": 128,
-            "first_order_queries": 16,
+            "first_order_queries": 8,
             "lengths": [250, 500, 1000, 2000, 4000, 8000, 15_000, 30_000],
-            "replicates": 24,
+            "replicates": 20,
             "seed": 20_261_400,
         },
         quick={"pool": 10_160, "queries": 32, "first_order_queries": 4, "lengths": [250, 500, 1000], "replicates": 5},
