@@ -123,8 +123,8 @@ def effective_couplings(stack: Stack) -> list[float]:
     z_j' B_l z_i in layer l. One token's pull on a query of layer k travels on through the layers above, where a query z
     reads keys N(B z, I). With C = I, and C <- I + B C B' down the layers from l, the pull of layer k has the tail of
     e^{z'Pz/2}, P = G (I + G)^-1, G = B_k C B_k'. The result, for each l, is the largest ||G|| over k <= l; in one
-    dimension Psi_k (1 + Psi_{k+1} (1 + ... Psi_l)). Moments after l layers then converge like n^-beta, and so does every
-    fixed query in layer l + 1, beta = min(1/2, 1 / (1 + result)).
+    dimension Psi_k (1 + Psi_{k+1} (1 + ... Psi_l)). Moments after l layers then converge like n^-beta, and so does
+    every fixed query in layer l + 1, beta = min(1/2, 1 / (1 + result)).
     """
     half, forms = geometry.root(stack.covs[0]), []
     for layer, M in zip(stack.layers, stack.maps):

@@ -1,4 +1,4 @@
-"""Attention layers on top of each other, and heads side by side: Gaussian tokens, and the embedded model (chapter 12)."""
+"""Attention layers on top of each other, and heads side by side: Gaussian tokens and the embedded model (chapter 12)."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def depth_heads(config: dict, device) -> Plan:
     """Errors of the heads of each layer, over keys that they share, after the output projection.
 
     The law is that of a pool of `pool` tokens of Wikipedia; `queries` of them ask. Columns: total, root mean square
-    over queries of the norm of the summed errors, in units of the spread of the layer's output; head_h, the same of head h
-    alone; quadrature, the root of the sum of their squares. In the JSON, for each layer: correlation (lengths, h, h),
+    over queries of the norm of the summed errors, in units of the spread of the layer's output; head_h, the same of
+    head h alone; quadrature, the root of the sum of their squares. In the JSON, for each layer: correlation (lengths, h, h),
     `joint.correlation` over the replicates; first_order (h, h), `joint.first_order_gram` at the first
     `first_order_queries` of the queries, and the spread.
     """
