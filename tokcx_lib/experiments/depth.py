@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from tokcx_lib import binned, depth, joint, probe, runtime
-from tokcx_lib.experiments.texts import CONTEXT, wikipedia_windows
+from tokcx_lib import binned, depth, joint, layerwise, probe, runtime, subsampled
+from tokcx_lib.experiments.texts import CONTEXT, WINDOW, wikipedia_windows
 from tokcx_lib.heads import EMBEDDED, heads, load_model, output_maps
 from tokcx_lib.laws import Gaussian
 from tokcx_lib.runs import Experiment, Part, Plan
@@ -76,7 +76,33 @@ def depth_scalar(config: dict, device) -> Plan:
     return Plan(units, work, {"layers": described})
 
 
-POOL = 30_000  # first window, of a random order of the text, that `depth_heads` reads
+CONTEXTS, POOL = 29_000, 30_000  # first windows, of a random order of the text, that the next two experiments read
+
+
+def depth_model(config: dict, device) -> Plan:
+    """Errors of the hidden states of the embedded model when every layer reads n keys of its context.
+
+    Columns of `layerwise.layer_errors`; a replicate is a context of 256 tokens of Wikipedia, special ones included, with
+    a draw of its own. Units are blocks of `block` contexts; a larger n adds keys to a smaller one.
+    """
+    model = load_model(EMBEDDED, device)
+    ids, texts = wikipedia_windows(model, config["replicates"] * WINDOW, config["seed"], CONTEXTS)
+    windows = ids.reshape(-1, WINDOW)
+
+    def work(block: int) -> Part:
+        first = block * config["block"]
+        batch = subsampled.contexts(model, list(windows[first : first + config["block"]].numpy()), CONTEXT)
+        tables = []
+        for n in config["lengths"]:
+            stream = runtime.stream(config["seed"], block)
+            tables.append(layerwise.layer_errors(model, batch, n, stream).assign(n=n))
+        table = pd.concat(tables, ignore_index=True)
+        table.insert(0, "block", block)
+        table.insert(1, "replicate", first + table.pop("context"))
+        return Part(table)
+
+    meta = {"texts": texts, "model": model.name, "model_sha256": model.sha256, "context": CONTEXT}
+    return Plan([(block,) for block in range(math.ceil(len(windows) / config["block"]))], work, meta)
 
 
 def depth_heads(config: dict, device) -> Plan:
@@ -157,20 +183,27 @@ EXPERIMENTS = {
             "stacks": {"cold first": [1.5, 0.5, 0.5], "alike": [0.9, 0.9, 0.9, 0.9]},
             "probes": [0.0, 0.5, 1.0],
             "lengths": [10**k for k in range(4, 11)],
-            "replicates": 300,
-            "block": 50,
+            "replicates": 160,
+            "block": 20,
             "bins": 2500,
             "seed": 20_261_300,
         },
-        quick={"lengths": [10**4, 10**5, 10**6], "replicates": 100},
+        quick={"lengths": [10**4, 10**5, 10**6], "replicates": 40},
+    ),
+    "depth_model": Experiment(
+        depth_model,
+        ("block",),
+        full={"lengths": [8, 16, 32, 64, 128], "replicates": 32, "block": 4, "seed": 20_261_500},
+        quick={"lengths": [16, 64], "replicates": 4, "block": 2},
+        tolerance=1e-3,
     ),
     "depth_heads": Experiment(
         depth_heads,
         ("layer",),
         full={
-            "pool": 60_000,
-            "queries": 128,
-            "first_order_queries": 8,
+            "pool": 40_000,
+            "queries": 64,
+            "first_order_queries": 6,
             "lengths": [250, 500, 1000, 2000, 4000, 8000, 15_000, 30_000],
             "replicates": 20,
             "seed": 20_261_400,
