@@ -182,8 +182,8 @@ EXPERIMENTS = {
         full={
             "stacks": {"cold first": [1.5, 0.5, 0.5], "alike": [0.9, 0.9, 0.9, 0.9]},
             "probes": [0.0, 0.5, 1.0],
-            "lengths": [10**k for k in range(4, 11)],
-            "replicates": 160,
+            "lengths": [10**k for k in (4, 6, 8, 10)],
+            "replicates": 120,
             "block": 20,
             "bins": 2500,
             "seed": 20_261_300,
@@ -193,7 +193,7 @@ EXPERIMENTS = {
     "depth_model": Experiment(
         depth_model,
         ("block",),
-        full={"lengths": [8, 16, 32, 64, 128], "replicates": 32, "block": 4, "seed": 20_261_500},
+        full={"lengths": [8, 16, 32, 64, 128], "replicates": 24, "block": 4, "seed": 20_261_500},
         quick={"lengths": [16, 64], "replicates": 4, "block": 2},
         tolerance=1e-3,
     ),
@@ -202,8 +202,8 @@ EXPERIMENTS = {
         ("layer",),
         full={
             "pool": 40_000,
-            "queries": 64,
-            "first_order_queries": 6,
+            "queries": 32,
+            "first_order_queries": 4,
             "lengths": [250, 500, 1000, 2000, 4000, 8000, 15_000, 30_000],
             "replicates": 20,
             "seed": 20_261_400,
