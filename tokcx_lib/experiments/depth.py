@@ -1,4 +1,4 @@
-"""Attention layers on top of each other, and heads side by side: Gaussian tokens and the embedded model (chapter 12)."""
+"""Attention layers on top of each other, heads side by side: Gaussian tokens and the embedded model (chapter 12)."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ CONTEXTS, POOL = 29_000, 30_000  # first windows, of a random order of the text,
 def depth_model(config: dict, device) -> Plan:
     """Errors of the hidden states of the embedded model when every layer reads n keys of its context.
 
-    Columns of `layerwise.layer_errors`; a replicate is a context of 256 tokens of Wikipedia, special ones included, with
-    a draw of its own. Units are blocks of `block` contexts; a larger n adds keys to a smaller one.
+    Columns of `layerwise.layer_errors`; a replicate is a context of 256 tokens of Wikipedia, special ones among them,
+    with a draw of its own. Units are blocks of `block` contexts; a larger n adds keys to a smaller one.
     """
     model = load_model(EMBEDDED, device)
     ids, texts = wikipedia_windows(model, config["replicates"] * WINDOW, config["seed"], CONTEXTS)
@@ -110,8 +110,8 @@ def depth_heads(config: dict, device) -> Plan:
 
     The law is that of a pool of `pool` tokens of Wikipedia; `queries` of them ask. Columns: total, root mean square
     over queries of the norm of the summed errors, in units of the spread of the layer's output; head_h, the same of
-    head h alone; quadrature, the root of the sum of their squares. In the JSON, for each layer: correlation (lengths, h, h),
-    `joint.correlation` over the replicates; first_order (h, h), `joint.first_order_gram` at the first
+    head h alone; quadrature, the root of the sum of their squares. In the JSON, for each layer: correlation
+    (lengths, h, h), `joint.correlation` over the replicates; first_order (h, h), `joint.first_order_gram` at the first
     `first_order_queries` of the queries, and the spread.
     """
     model = load_model(EMBEDDED, device)
