@@ -28,8 +28,8 @@ def layer_errors(model: TextModel, batch: Contexts, keys: int, seed: int | torch
     DataFrame
         context (its number in the batch), layer (from 1), and root mean squares over the real tokens of a context, of
         the norm of: error; fresh; inherited; before, the error that came in (0 at layer 1); spread, the distance
-        of the exact states from their mean, for scale. `fresh` and `inherited` may point alike or not: cross is their mean
-        inner product.
+        of the exact states from their mean, for scale. `fresh` and `inherited` may point alike or not: cross is
+        their mean inner product.
 
     Raises
     ------
