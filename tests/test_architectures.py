@@ -172,6 +172,20 @@ def test_grouped_keys_are_those_of_the_group():
     assert not torch.equal(found[1].W_K, found[2].W_K) and not torch.equal(found[0].W_Q, found[1].W_Q)
 
 
+@pytest.mark.parametrize("case", ["bert", "distilbert", "gpt2", "llama"])
+def test_output_maps_add_up_the_heads(case):
+    model = small(case)
+    kind = architectures.architecture(model.config)
+    module = model.get_submodule(kind.layers)[0].get_submodule(kind.output)
+    maps, count = heads.output_maps(model), model.config.num_attention_heads
+    assert len(maps) == len(heads.heads(model)) and maps[0].shape[1] == len(heads.heads(model)[0].W_V)
+    x = torch.randn(5, sum(W.shape[1] for W in maps[:count]), generator=torch.Generator().manual_seed(2))
+    bias = 0 if module.bias is None else module.bias
+    with torch.no_grad():
+        expected = module(x)
+    assert torch.allclose(sum(part @ W.mT for part, W in zip(x.chunk(count, 1), maps)) + bias, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("case, body", [("bert", "ForMaskedLM"), ("gpt2", "LMHeadModel"), ("llama", "ForCausalLM")])
 def test_a_model_with_a_task_head_has_the_heads_of_its_base(case, body):
     model = small(case, body)

@@ -20,23 +20,27 @@ from torch import Tensor, nn
 class Architecture:
     """One family: the path to its list of layers, that from a layer to its attention, and the names of the maps.
 
-    `maps` names the linear maps of queries, keys and values, or the one that holds all three (GPT-2).
+    `maps` names the linear maps of queries, keys and values, or the one that holds all three (GPT-2); `output` is the
+    path from a layer to the linear map that adds up the outputs of all heads.
     """
 
     layers: str
     attention: str
     maps: tuple[str, ...]
+    output: str
     causal: bool = False
     rotary: bool = False
 
 
-BERT = Architecture("encoder.layer", "attention.self", ("query", "key", "value"))
-LLAMA = Architecture("layers", "self_attn", ("q_proj", "k_proj", "v_proj"), causal=True, rotary=True)
+BERT = Architecture("encoder.layer", "attention.self", ("query", "key", "value"), "attention.output.dense")
+LLAMA = Architecture(
+    "layers", "self_attn", ("q_proj", "k_proj", "v_proj"), "self_attn.o_proj", causal=True, rotary=True
+)
 ARCHITECTURES = {
     "bert": BERT,
     "roberta": BERT,
-    "distilbert": Architecture("transformer.layer", "attention", ("q_lin", "k_lin", "v_lin")),
-    "gpt2": Architecture("h", "attn", ("c_attn",), causal=True),
+    "distilbert": Architecture("transformer.layer", "attention", ("q_lin", "k_lin", "v_lin"), "attention.out_lin"),
+    "gpt2": Architecture("h", "attn", ("c_attn",), "attn.c_proj", causal=True),
     "llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": LLAMA,
@@ -98,6 +102,13 @@ def projections(kind: Architecture, module: nn.Module) -> list[tuple[Tensor, Ten
         return list(zip(packed.weight.detach().mT.chunk(3), packed.bias.detach().chunk(3)))
     linear = [module.get_submodule(name) for name in kind.maps]
     return [(m.weight.detach(), None if m.bias is None else m.bias.detach()) for m in linear]
+
+
+def output_maps(model) -> list[Tensor]:
+    """Weights (d, heads x size) that add up the outputs of all heads, layer by layer, of a supported base model."""
+    kind = architecture(model.config)
+    found = [layer.get_submodule(kind.output).weight.detach() for layer in model.get_submodule(kind.layers)]
+    return [weight.mT for weight in found] if len(kind.maps) == 1 else found  # GPT-2 multiplies from the right
 
 
 def is_causal(config) -> bool:

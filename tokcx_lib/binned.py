@@ -178,6 +178,31 @@ def _between(first: Tensor, rise: Tensor, left: Tensor, part: Tensor) -> Tensor:
     return hermite_cubic(part, start, end, rise.gather(0, left), rise.gather(0, left + 1))
 
 
+def weighted_attention(tilts: Tensor, points: Tensor, counts: Tensor, mesh: float = MESH) -> Tensor:
+    """Softmax attention at tilts (q,) over scalar tokens of which `counts` (m,) lie at `points` (m,): (q,), float64.
+
+    Points may lie anywhere: after a layer, the tokens of a bin are still together, and no longer evenly spaced.
+    Many tilts share one table of the map, with steps of `mesh` / (range of the points), as in `self_attention`.
+    """
+    mesh = as_positive("mesh", mesh)
+    low, high = tilts.min(), tilts.max()
+    rows = math.ceil(((high - low) * (points.max() - points.min())).item() / mesh) + 2
+    exact = rows >= len(tilts)  # the tilts themselves are fewer than the rows of a table
+    grid = tilts if exact else torch.linspace(low.item(), high.item(), rows, dtype=torch.float64)
+    kept = counts > 0
+    points, logs = points[kept], counts[kept].log()
+    powers = torch.stack([points**k for k in range(1, 3)], 1)
+    sums = torch.cat([torch.softmax(t * points + logs, -1) @ powers for t in grid[:, None].split(_ROWS)])
+    first = sums[:, 0]
+    if exact:
+        return first
+    step = grid[1] - grid[0]
+    place = (tilts - low) / step
+    left = place.long().clamp(0, rows - 2)
+    rise = (sums[:, 1] - first**2) * step
+    return _between(first[:, None], rise[:, None], left[:, None], (place - left)[:, None])[:, 0]
+
+
 def influence_means(tokens: BinnedTokens, slope: float) -> tuple[float, float]:
     """Means over the tokens of the two influence functions (`rates.influence`), d = 1: of the mean and of the square."""
     form = [[as_positive("slope", slope)]]

@@ -244,6 +244,16 @@ def heads(model) -> list[Head]:
     return found
 
 
+def output_maps(model) -> list[Tensor]:
+    """W_O of every head, (d, d_v), in the order of `heads`: a layer adds W_O (output of the head) over its heads.
+
+    The bias that a layer adds once is left out. Parameters and errors as for `heads`.
+    """
+    model = architectures.base_model(model)
+    count = model.config.num_attention_heads
+    return [part for weight in architectures.output_maps(model) for part in weight.chunk(count, 1)]
+
+
 def _split(weight: Tensor, bias: Tensor | None, size: int) -> tuple[Tensor, Sequence[Tensor | None]]:
     """Weight (heads, size, d) and bias (heads, size), or a None for each head, of a map to all heads at once."""
     weight = weight.reshape(-1, size, weight.shape[1])
