@@ -58,6 +58,21 @@ def wikipedia_windows(model: TextModel, tokens: int, seed: int, skip: int = 0) -
     return random_windows(model, WIKIPEDIA, tokens, seed, skip)
 
 
+def passages(model: TextModel, corpus: str, tokens: int, count: int) -> tuple[Tensor, dict[str, str]]:
+    """Token ids of `count` passages of a text in its own order, spread evenly over it: int64, (count, tokens).
+
+    Raises
+    ------
+    ValueError
+        If the text is shorter than all passages together.
+    """
+    ids, texts = _ids(model, corpus)
+    stride = len(ids) // as_count("count", count)
+    if as_count("tokens", tokens) > stride:
+        raise ValueError(f"tokens: expected at most {stride} for {count} passages of this text, got {tokens}")
+    return torch.stack([ids[i * stride : i * stride + tokens] for i in range(count)]).long(), texts
+
+
 @lru_cache(maxsize=1)
 def _ids(model: TextModel, name: str) -> tuple[Tensor, dict[str, str]]:
     corpus = open_corpus(name)
