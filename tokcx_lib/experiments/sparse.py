@@ -17,7 +17,7 @@ from tokcx_lib.runs import Experiment, Part, Plan
 from tokcx_lib.sparse import KEEPING, SCHEMES, full, kept_mass, output_error, shared_keys, value_spread
 from tokcx_lib.sparse import window_random as window_and_random
 
-BUDGETS = [32, 64, 128, 256, 512, 1024, 2048]
+BUDGETS = [32, 64, 128, 256, 512, 1024]
 
 
 def turning_head(dim: int, own: float = 0.0) -> Tensor:
@@ -143,7 +143,7 @@ def sparse_heads(config: dict, device) -> Plan:
 def sparse_window(config: dict, device) -> Plan:
     """Windows with 50 random keys, as Bohbot et al. (2026) measure them, on heads of the embedded model.
 
-    Sequences are the first n tokens of a passage, every token is a query, and the window reaches `half_widths` tokens to
+    Sequences are the first n tokens of a passage, one token in `every` is a query, and the window reaches `half_widths` tokens to
     each side at the longest n, in proportion at others. Errors against full attention over the same n tokens: of the mean
     of the outputs, of their covariance (Frobenius norm), and `mse`, the mean square distance of the outputs; in units of
     the spread of the values, squared for the last two. Beside it, at the middle half-width: the same keys with random ones
@@ -155,18 +155,16 @@ def sparse_window(config: dict, device) -> Plan:
     cases = _heads_of(model, config["cases"])
     layers = sorted({head.layer for head, _ in cases})
 
-    def moments(o: Tensor) -> tuple[Tensor, Tensor]:
-        return probe.token_moments(o)
-
     def work(replicate: int) -> Part:
         tokens = dict(zip(layers, probe.collect_tokens(model, ids[replicate], layers)))
         rows = []
         for number, (head, factor) in enumerate(cases):
             for n in lengths:
                 q, k, v = head.project(tokens[head.layer][:n])
-                positions, q, unit = torch.arange(n), (factor * q)[None], value_spread(v)
+                positions = torch.arange(0, n, config["every"])
+                q, unit = (factor * q[positions])[None], value_spread(v)
                 whole = full(q, k, v).output[0]
-                mean, cov = moments(whole)
+                mean, cov = probe.token_moments(whole)
                 for half in config["half_widths"]:
                     reach = round(half * n / lengths[-1])
                     budget = min(2 * reach + 1 + config["random"], n)
@@ -176,7 +174,7 @@ def sparse_window(config: dict, device) -> Plan:
                     for name in names:
                         stream = runtime.stream(config["seed"], replicate, number, n, half, names.index(name))
                         o = _window_output(name, q, k, v, positions, budget, stream, config["random"])
-                        m, c = moments(o)
+                        m, c = probe.token_moments(o)
                         square = (o - whole).double().square().sum(1).mean().item()
                         mean_error = torch.linalg.vector_norm(m - mean).item() / unit
                         cov_error = torch.linalg.matrix_norm(c - cov).item() / unit**2
@@ -197,7 +195,7 @@ def _window_output(name: str, q, k, v, positions, budget: int, stream, extra: in
 
 
 LOADS = [0.5, 1.0, 2.0, 4.0, 8.0]
-GAUSSIAN = {"dim": 32, "n": 16_384, "loads": LOADS, "budgets": BUDGETS, "queries": 128, "replicates": 24}
+GAUSSIAN = {"dim": 32, "n": 16_384, "loads": LOADS, "budgets": BUDGETS, "queries": 128, "replicates": 20}
 QUICK = {"n": 2048, "queries": 32, "budgets": [32, 128, 512], "replicates": 3}
 
 EXPERIMENTS = {
@@ -223,8 +221,8 @@ EXPERIMENTS = {
             "windows": 65,
             "cases": [[0, 11, 1.0], [2, 6, 1.0], [4, 10, 1.0], [1, 9, 1.0], [0, 2, 0.5], [0, 2, 1.0]],
             "budgets": BUDGETS,
-            "queries": 256,
-            "replicates": 24,
+            "queries": 128,
+            "replicates": 20,
             "seed": 20_270_200,
         },
         quick={"corpus": "scipy-docs", "windows": 8, "queries": 32, "budgets": [32, 128, 512], "replicates": 3},
@@ -239,7 +237,8 @@ EXPERIMENTS = {
             "lengths": [512, 1024, 2048, 4096],
             "half_widths": [500, 750, 1000, 1250, 1500],
             "random": 50,
-            "replicates": 24,
+            "every": 4,
+            "replicates": 20,
             "seed": 20_270_300,
         },
         quick={"corpus": "scipy-docs", "lengths": [256, 512], "half_widths": [62, 125, 188], "replicates": 3},
