@@ -7,6 +7,7 @@ means: where the sum of the weights of the keys read is close to its mean, as fo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,10 +20,10 @@ from tokcx_lib.validation import as_count, as_positive, as_tensor
 STEP = 0.5  # of the trapezoidal rule in log l, as in `softmax_law`; here it is exact to 1e-8
 
 
-def drawn_error(q: Tensor, k: Tensor, v: Tensor, draws: int) -> Tensor:
+def drawn_error(q: Tensor, k: Tensor, v: Tensor, draws: Sequence[int]) -> Tensor:
     """E ||o_m - o||^2 for attention over m keys drawn with replacement from n given keys, o that over all n: exact.
 
-    The n keys are a law like any other, and `draws` of them independent tokens of it: the exact law of chapter 9 gives the
+    The n keys are a law like any other, and the m drawn ones independent tokens of it: the exact law of chapter 9 gives the
     error, for any keys and any values, without an assumption about either. With e_j = n w_j, w_j the weights of the
     query over all keys, and values centred at its output,
 
@@ -32,34 +33,31 @@ def drawn_error(q: Tensor, k: Tensor, v: Tensor, draws: int) -> Tensor:
 
     Parameters
     ----------
-    q : (m, d); k : (n, d); v : (n, d_v). draws : how many keys are drawn.
+    q : (m, d); k : (n, d); v : (n, d_v). draws : numbers of keys to draw.
 
     Returns
     -------
-    Tensor (m,), float64
+    Tensor (len(draws), m), float64
     """
     q, k, v = (as_tensor(name, x, ndim=2).double() for name, x in (("q", q), ("k", k), ("v", v)))
-    count = as_count("draws", draws)
-    return torch.stack([_drawn(query @ k.mT, v, count) for query in q])
+    counts = torch.tensor([as_count("draws", count) for count in draws], dtype=torch.float64)[:, None]
+    return torch.stack([_drawn(query @ k.mT, v, counts) for query in q], 1)
 
 
-def _drawn(logits: Tensor, v: Tensor, count: int) -> Tensor:
+def _drawn(logits: Tensor, v: Tensor, m: Tensor) -> Tensor:
     n = len(logits)
     logits = logits - torch.logsumexp(logits, 0) + math.log(n)  # of e_j, which has mean 1
     v = v - torch.softmax(logits, 0) @ v
     low, high = logits.min().item(), logits.max().item()
-    x = torch.arange(-high - 25.0 - math.log(count), -low + 5.0, STEP, dtype=torch.float64)
-    square = v.square().sum(1)
-    total = torch.zeros((), dtype=torch.float64)
+    x = torch.arange(-high - 25.0 - math.log(m.max().item()), -low + 5.0, STEP, dtype=torch.float64)
+    total, square = 0.0, v.square().sum(1)
     for part in x.split(64):
-        u = part[:, None] + logits
-        decay = torch.exp(-torch.exp(u.clamp(max=700.0)))
-        phi = decay.mean(1)
-        once = torch.exp(u) * decay
-        a, b = once @ v / n, (torch.exp(u) * once) @ square / n
-        one = count * b * phi ** (count - 1)
-        two = count * (count - 1) * a.square().sum(1) * phi ** (count - 2) if count > 1 else 0.0
-        total = total + (one + two).nan_to_num().sum()
+        u = torch.exp((part[:, None] + logits).clamp(max=700.0))  # l e_j
+        decay = torch.exp(-u)
+        log_phi, once = decay.mean(1).log(), u * decay
+        a, b = (once @ v / n).square().sum(1), (u * once) @ square / n
+        one, two = m * b * torch.exp((m - 1) * log_phi), m * (m - 1) * a * torch.exp((m - 2) * log_phi)
+        total = total + (one + two).nan_to_num().sum(1)  # 0 times infinity, where phi has underflowed
     return STEP * total
 
 
