@@ -74,15 +74,14 @@ def sparse_gaussian(config: dict, device) -> Plan:
 
     def work(replicate: int) -> Part:
         y, positions = _sequence(config, replicate, device)
-        tables = []
-        for own in config["own"]:
-            q = turned_queries(y[positions], config["loads"], own)
-            found = scheme_rows(q, y, y, positions, config["budgets"], unit, (config["seed"], replicate, 2))
-            whole = full(q, y, y)
-            limit = output_error(whole, whole._replace(output=q), unit).tolist()
-            for load, rows, error in zip(config["loads"], found, limit):
-                table = pd.DataFrame([*rows, ("full", len(y), error, 1.0)], columns=["scheme", "budget", "error", "mass"])
-                tables.append(table.assign(own=own, load=load))
+        heads_here = [(own, load) for own in config["own"] for load in config["loads"]]
+        q = torch.cat([turned_queries(y[positions], config["loads"], own) for own in config["own"]])
+        found = scheme_rows(q, y, y, positions, config["budgets"], unit, (config["seed"], replicate, 2))
+        whole, tables = full(q, y, y), []
+        limit = output_error(whole, whole._replace(output=q), unit).tolist()
+        for (own, load), rows, error in zip(heads_here, found, limit):
+            table = pd.DataFrame([*rows, ("full", len(y), error, 1.0)], columns=["scheme", "budget", "error", "mass"])
+            tables.append(table.assign(own=own, load=load))
         table = pd.concat(tables, ignore_index=True).assign(replicate=replicate)
         return Part(table[["own", "load", "replicate", "scheme", "budget", "error", "mass"]])
 
@@ -100,7 +99,7 @@ def sparse_heads(config: dict, device) -> Plan:
 
     A replicate is a passage of the text: its tokens in order, `windows` contexts of 254 that the model reads one by one, as
     one sequence of keys. Errors in units of the spread of the passage's values. Scheme "full": half the distance between
-    the outputs over the two halves of the passage. In the JSON, for every case: median and 5% and 95% quantiles of the
+    the outputs over the two halves of the passage. Scheme "mean", budget 0: the mean value for every query. In the JSON, for every case: median and 5% and 95% quantiles of the
     load over the tokens of the passages.
     """
     model = load_model(EMBEDDED, device)
@@ -122,7 +121,10 @@ def sparse_heads(config: dict, device) -> Plan:
             keys = (config["seed"], replicate, number)
             (rows,) = scheme_rows(asked, k, v, positions, config["budgets"], unit, keys)
             half = output_error(full(asked, k[: n // 2], v[: n // 2]), full(asked, k[n // 2 :], v[n // 2 :]), 2 * unit)
-            table = pd.DataFrame([*rows, ("full", n, half.item(), 1.0)], columns=["scheme", "budget", "error", "mass"])
+            whole = full(asked, k, v)
+            blind = output_error(whole, whole._replace(output=v.mean(0)), unit)
+            rows += [("full", n, half.item(), 1.0), ("mean", 0, blind.item(), 0.0)]
+            table = pd.DataFrame(rows, columns=["scheme", "budget", "error", "mass"])
             tables.append(table.assign(layer=head.layer, head=head.head, factor=factor))
             some = x[order[:2048]].double()
             load = factor * geometry.load(some, head.A, covs[head.layer], head.shift)
