@@ -211,7 +211,7 @@ EXPERIMENTS = {
     "sparse_serial": Experiment(
         sparse_gaussian,
         ("replicate",),
-        full={**GAUSSIAN, "own": [0.0, 3.0], "correlation": 0.9, "seed": 20_270_100},
+        full={**GAUSSIAN, "own": [0.0, 4.0], "correlation": 0.9, "seed": 20_270_100},
         quick=QUICK,
         tolerance=1e-3,
     ),
