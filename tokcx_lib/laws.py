@@ -17,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from scipy.signal import lfilter
 from scipy.special import hyp0f1
 from torch import Tensor
 
@@ -87,6 +88,35 @@ class Gaussian:
     def tilted_cov(self, t) -> Tensor:
         t = as_vectors("t", t, self.dim)
         return self.cov.to(t).expand(*t.shape[:-1], self.dim, self.dim)
+
+
+class SerialGaussian(Gaussian):
+    """A stationary sequence of Gaussian tokens: y_{i+1} = r y_i + sqrt(1 - r^2) z_i with z_i ~ N(0, cov), y_0 too.
+
+    Every token is N(0, cov), and two at a distance g have the cross-covariance r^g cov (an autoregressive process of
+    order one; chapter 11). `sample` gives the tokens in the order of the sequence; log-MGF and tilts are those of one token.
+
+    Parameters
+    ----------
+    cov : as for `Gaussian`; correlation : r, between -1 and 1, of a token with the next.
+
+    Raises
+    ------
+    ValueError
+        If `cov` is not a covariance or the correlation is not strictly between -1 and 1.
+    """
+
+    def __init__(self, cov, correlation: float):
+        super().__init__(cov)
+        if not -1 < correlation < 1:
+            raise ValueError(f"correlation: expected a number strictly between -1 and 1, got {correlation}")
+        self.correlation = float(correlation)
+
+    def sample(self, n: int, generator=None) -> Tensor:
+        steps = super().sample(n, generator)
+        steps[1:] *= math.sqrt(1 - self.correlation**2)
+        found = lfilter([1.0], [1.0, -self.correlation], steps.cpu().numpy(), axis=0)
+        return torch.as_tensor(found).to(steps)
 
 
 class _Independent:

@@ -58,6 +58,35 @@ def wikipedia_windows(model: TextModel, tokens: int, seed: int, skip: int = 0) -
     return random_windows(model, WIKIPEDIA, tokens, seed, skip)
 
 
+def passages(model: TextModel, corpus: str, tokens: int, count: int) -> tuple[Tensor, dict[str, str]]:
+    """Token ids of `count` passages of a text in its own order, spread evenly over its lines: int64, (count, tokens).
+
+    Only the passages are tokenised. No two share a line.
+
+    Raises
+    ------
+    ValueError
+        If a passage would run into the next one.
+    """
+    found = open_corpus(corpus)
+    lines = found.text.splitlines(keepends=True)
+    starts = [len(lines) * i // as_count("count", count) for i in range(count + 1)]
+    return torch.stack([_passage(model, lines[a:b], tokens) for a, b in zip(starts, starts[1:])]), {
+        found.name: found.sha256
+    }
+
+
+def _passage(model: TextModel, lines: list[str], tokens: int) -> Tensor:
+    """The first ids of some lines."""
+    parts, size = [], 0
+    for i in range(0, len(lines), 100):
+        parts.append(tokenize(model, "".join(lines[i : i + 100])))
+        size += len(parts[-1])
+        if size >= tokens:
+            return torch.as_tensor(np.concatenate(parts)[:tokens])
+    raise ValueError(f"tokens: expected at most {size}, what {len(lines)} lines of this text have, got {tokens}")
+
+
 @lru_cache(maxsize=1)
 def _ids(model: TextModel, name: str) -> tuple[Tensor, dict[str, str]]:
     corpus = open_corpus(name)

@@ -1,0 +1,260 @@
+"""Sparse attention: what a query hears when it may read only some of the keys, or a summary of all of them.
+
+Every scheme is a function of one form,
+
+    scheme(q, k, v, positions, budget, generator) -> Partial
+
+with queries q (..., m, d), keys k (n, d) and values v (n, d_v) of one sequence, the places `positions` (m,) of the
+queries in that sequence, and a `budget`: how many keys, or how many rows of a summary, one query reads. Batch axes of q
+are heads, or loads, that look at the same keys from the same places; random choices are made once for all of them. The
+result is the output (..., m, d_v) and the logarithm (..., m) of what the scheme takes for the sum of all weights
+e^{q.k}; for a scheme that keeps some keys with their own weights that is the sum over the kept keys, so that
+`kept_mass` is the share of the attention that it kept.
+
+`SCHEMES` names them. `random`, `window`, `strided`, `window + random` and `top-k` keep keys; `window + weighted` keeps
+the keys of `window + random` and counts each random one for all those that it stands for; `low rank` reads random
+combinations of the keys, `features` sums over all keys that were made in advance. Sources: sliding windows with random
+keys, Zaheer et al. (2020) and Beltagy et al. (2020); strides, Child et al. (2019); low rank, Wang et al. (2020);
+features, Choromanski et al. (2021).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tokcx_lib import runtime
+from tokcx_lib.streaming import LOGITS, Partial, partial_attention
+from tokcx_lib.validation import as_count, as_tensor
+
+DENSE = 16  # a query that reads more than a 16th of all keys: cheaper to mask than to gather
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, log_weights: Tensor | None = None) -> Partial:
+    """Softmax attention in which query i reads only the keys `keys[i]`.
+
+    Parameters
+    ----------
+    q : (..., m, d); k : (n, d); v : (n, d_v), of one precision.
+    keys : (m, b), integers from 0 to n - 1, those of one query different from each other.
+    log_weights : (m, b), added to the logits; zero if None.
+
+    Returns
+    -------
+    Partial
+        output (..., m, d_v) and lse (..., m), the log of the sum of the weights of the kept keys.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not match, or a key is not there.
+    """
+    q, k, v = (as_tensor(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    if q.ndim < 2 or k.ndim != 2 or v.ndim != 2 or q.shape[-1] != k.shape[1] or len(k) != len(v):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q, k, v: expected shapes (..., m, d), (n, d) and (n, d_v), got {shapes}")
+    if keys.ndim != 2 or len(keys) != q.shape[-2] or keys.shape[1] == 0:
+        raise ValueError(f"keys: expected shape ({q.shape[-2]}, b) with b >= 1, got {tuple(keys.shape)}")
+    if keys.min() < 0 or keys.max() >= len(k):
+        raise ValueError(f"keys: expected integers from 0 to {len(k) - 1}, got {keys.min()} to {keys.max()}")
+    heads = q.reshape(-1, *q.shape[-2:])
+    dense = keys.shape[1] * DENSE > len(k)
+    width = len(heads) * len(k) if dense else keys.shape[1] * (k.shape[1] + v.shape[1])
+    rows = max(1, LOGITS // (4 * width))
+    parts = []
+    for start in range(0, heads.shape[1], rows):
+        here = slice(start, start + rows)
+        added = None if log_weights is None else log_weights[here]
+        parts.append((_masked if dense else _gathered)(heads[:, here], k, v, keys[here], added))
+    output, lse = (torch.cat(part, 1) for part in zip(*parts))
+    return Partial(output.reshape(*q.shape[:-1], v.shape[1]), lse.reshape(q.shape[:-1]))
+
+
+def _gathered(q, k, v, keys, log_weights) -> Partial:
+    logits = torch.einsum("hmd,mbd->hmb", q, k[keys])
+    logits = logits if log_weights is None else logits + log_weights
+    return Partial(torch.einsum("hmb,mbv->hmv", torch.softmax(logits, -1), v[keys]), torch.logsumexp(logits, -1))
+
+
+def _masked(q, k, v, keys, log_weights) -> Partial:
+    added = q.new_full((q.shape[1], len(k)), -math.inf)
+    added.scatter_(1, keys, 0.0 if log_weights is None else log_weights)
+    logits = q @ k.mT + added
+    lse = torch.logsumexp(logits, -1)
+    return Partial(torch.exp_(logits - lse[..., None]) @ v, lse)
+
+
+def full(q: Tensor, k: Tensor, v: Tensor) -> Partial:
+    """Attention over all keys, which every scheme approximates; shapes as in `attend`."""
+    return partial_attention(q, k, v)
+
+
+def kept_mass(state: Partial, whole: Partial) -> Tensor:
+    """Share (..., m) of a query's attention that lies on the keys a scheme has kept.
+
+    With it the error is an identity: output - full output = (1 - mass) (output over the kept - output over the others).
+    """
+    return torch.exp(state.lse - whole.lse)
+
+
+# ------------------------------------------------------------ which keys
+
+def _budget(budget: int, n: int) -> int:
+    if as_count("budget", budget) > n:
+        raise ValueError(f"budget: expected at most the number of keys, {n}, got {budget}")
+    return int(budget)
+
+
+def _draw(m: int, n: int, count: int, generator, taken: Tensor | None = None) -> Tensor:
+    """For each of m queries, `count` of n keys without replacement, none of those `taken` (m, b)."""
+    lots = torch.rand(m, n, generator=runtime.generator(generator))
+    if taken is not None:
+        lots.scatter_(1, taken, 2.0)
+    return lots.topk(count, dim=1, largest=False, sorted=False).indices
+
+
+def window_keys(positions: Tensor, n: int, width: int) -> Tensor:
+    """The `width` neighbouring keys (m, width) around each position, its own among them; at the ends they are shifted."""
+    start = (positions - width // 2).clamp(0, n - width)
+    return start[:, None] + torch.arange(width)
+
+
+def strided_keys(positions: Tensor, n: int, budget: int) -> Tensor:
+    """Keys (m, budget) at equal distances around the sequence, the query's own among them."""
+    return (positions[:, None] + (torch.arange(budget) * n) // budget) % n
+
+
+# ------------------------------------------------------------ schemes
+
+def random_keys(q, k, v, positions, budget, generator=None) -> Partial:
+    """A random set of keys, drawn for each query on its own, without replacement."""
+    return attend(q, k, v, _draw(len(positions), len(k), _budget(budget, len(k)), generator).to(k.device))
+
+
+def shared_keys(q, k, v, positions, budget, generator=None) -> Partial:
+    """A random set of keys, without replacement, the same for all queries."""
+    keys = torch.randperm(len(k), generator=runtime.generator(generator))[: _budget(budget, len(k))].to(k.device)
+    return partial_attention(q, k[keys], v[keys])
+
+
+def window(q, k, v, positions, budget, generator=None) -> Partial:
+    """The keys around the query."""
+    return attend(q, k, v, window_keys(positions, len(k), _budget(budget, len(k))).to(k.device))
+
+
+def strided(q, k, v, positions, budget, generator=None) -> Partial:
+    """Keys at equal distances, the query's own among them."""
+    return attend(q, k, v, strided_keys(positions, len(k), _budget(budget, len(k))).to(k.device))
+
+
+def window_random(q, k, v, positions, budget, generator=None, extra: int | None = None, weighted=False) -> Partial:
+    """A window around the query, and random keys outside it.
+
+    Parameters
+    ----------
+    budget : keys read, at least 2; `extra` of them are random, half if None. They are drawn for each query on its own.
+    weighted : whether a random key counts for the (n - window) / extra keys outside the window that it stands for. Its
+        logit is then raised by the logarithm of that number, and the sum of weights has the right mean.
+
+    Raises
+    ------
+    ValueError
+        If a window or the rest of the budget would be empty, or the budget exceeds the number of keys.
+    """
+    n, budget = len(k), _budget(budget, len(k))
+    extra = budget // 2 if extra is None else as_count("extra", extra)
+    if not 1 <= extra < budget:
+        raise ValueError(f"extra: expected 1 to {budget - 1} random keys of a budget of {budget}, got {extra}")
+    near = window_keys(positions, n, budget - extra)
+    far = _draw(len(positions), n, extra, generator, taken=near)
+    log_weights = None
+    if weighted:
+        log_weights = torch.zeros(len(near), budget, dtype=k.dtype)
+        log_weights[:, budget - extra :] = math.log((n - budget + extra) / extra)
+        log_weights = log_weights.to(k.device)
+    return attend(q, k, v, torch.cat([near, far], 1).to(k.device), log_weights)
+
+
+def window_weighted(q, k, v, positions, budget, generator=None, extra: int | None = None) -> Partial:
+    """`window_random`, each random key counted for all those that it stands for."""
+    return window_random(q, k, v, positions, budget, generator, extra, weighted=True)
+
+
+def top_k(q, k, v, positions, budget, generator=None) -> Partial:
+    """The keys with the largest logits. Finding them is not counted: this is what an oracle would read."""
+    heads = q.reshape(-1, *q.shape[-2:])
+    states = [attend(h, k, v, (h @ k.mT).topk(_budget(budget, len(k)), sorted=False).indices) for h in heads]
+    output, lse = torch.stack([s.output for s in states]), torch.stack([s.lse for s in states])
+    return Partial(output.reshape(*q.shape[:-1], -1), lse.reshape(q.shape[:-1]))
+
+
+def low_rank(q, k, v, positions, budget, generator=None) -> Partial:
+    """Attention over `budget` random combinations of the n keys, and the same combinations of the values.
+
+    Keys and values are centred first, which softmax cannot see, and the mean value is added back. The coefficients are
+    N(0, 1/n), so that a combination is spread like a key: given the keys, the combinations are independent Gaussian tokens
+    of the keys' own covariance (chapter 11). Wang et al. (2020) project like this with coefficients that are learned.
+    The log-sum-exp is scaled to n keys.
+    """
+    n, budget = len(k), _budget(budget, len(k))
+    mix = torch.randn(budget, n, generator=runtime.generator(generator)).to(k) / math.sqrt(n)
+    mean = v.mean(0)
+    state = partial_attention(q, mix @ (k - k.mean(0)), mix @ (v - mean))
+    shift = math.log(n / budget) + q @ k.mean(0)
+    return Partial(state.output + mean, state.lse + shift)
+
+
+def features(q, k, v, positions, budget, generator=None) -> Partial:
+    """Positive random features: e^{q.k} is the mean over w ~ N(0, I) of e^{w.q - |q|^2/2} e^{w.k - |k|^2/2}.
+
+    With `budget` draws of w the sums over keys are made once for all queries, and a query reads one row of them for each
+    feature. Keys are centred first, and queries and keys are scaled against each other so that they have the same root mean
+    square length, which makes the estimate least noisy (chapter 11); both are free. Choromanski et al. (2021), with
+    independent w.
+    """
+    budget = as_count("budget", budget)
+    w = torch.randn(k.shape[1], budget, generator=runtime.generator(generator)).to(k)
+    centre = k.mean(0)
+    k = k - centre
+    heads, states = q.reshape(-1, *q.shape[-2:]), []
+    for h in heads:
+        balance = (k.square().sum(1).mean() / h.square().sum(1).mean()).pow(0.25)
+        asked, keys = h * balance, k / balance
+        log_q = asked @ w - asked.square().sum(1, keepdim=True) / 2
+        log_k = keys @ w - keys.square().sum(1, keepdim=True) / 2
+        top = log_k.amax(0)  # each feature is scaled by its own largest key: nothing over- or underflows
+        phi_k = torch.exp(log_k - top)
+        log_q = log_q + top
+        peak = log_q.amax(1, keepdim=True)
+        phi_q = torch.exp(log_q - peak)
+        total = phi_q @ phi_k.sum(0)
+        lse = total.log() + peak[:, 0] - math.log(budget) + h @ centre
+        states.append(Partial((phi_q @ (phi_k.mT @ v)) / total[:, None], lse))
+    output, lse = torch.stack([s.output for s in states]), torch.stack([s.lse for s in states])
+    return Partial(output.reshape(*q.shape[:-1], -1), lse.reshape(q.shape[:-1]))
+
+
+SCHEMES: dict[str, Callable[..., Partial]] = {
+    "random": random_keys,
+    "window": window,
+    "strided": strided,
+    "window + random": window_random,
+    "window + weighted": window_weighted,
+    "top-k": top_k,
+    "low rank": low_rank,
+    "features": features,
+}
+KEEPING = ("random", "window", "strided", "window + random", "top-k")  # keep keys with their own weights
+
+
+def output_error(state: Partial, whole: Partial, unit: float = 1.0) -> Tensor:
+    """Root mean square over queries of the distance between two outputs (..., m, d_v), in units of `unit`: (...)."""
+    return (state.output - whole.output).double().square().sum(-1).mean(-1).sqrt() / unit
+
+
+def value_spread(v: Tensor) -> float:
+    """Root mean square distance of a value (n, d_v) from the mean value: the unit in which errors are given."""
+    return (v.double() - v.double().mean(0)).square().sum(1).mean().sqrt().item()
