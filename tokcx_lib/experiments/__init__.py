@@ -3,10 +3,10 @@
 Each module holds the experiments of one topic; this package puts them together, by name.
 """
 
-from tokcx_lib.experiments import bounded, coverage, exact, gaussian, real_heads, real_tokens, sharp
+from tokcx_lib.experiments import bounded, coverage, downstream, exact, gaussian, real_heads, real_tokens, sharp
 from tokcx_lib.runs import Experiment
 
-_TOPICS = (bounded, coverage, exact, gaussian, real_heads, real_tokens, sharp)
+_TOPICS = (bounded, coverage, downstream, exact, gaussian, real_heads, real_tokens, sharp)
 
 EXPERIMENTS: dict[str, Experiment] = {
     name: topic.EXPERIMENTS[name] for topic in _TOPICS for name in sorted(topic.EXPERIMENTS)
