@@ -46,8 +46,8 @@ def test_with_every_key_it_is_the_models_own_output(kind, keep_special):
     model = small(kind)
     batch = subsampled.contexts(model, PIECES, 30)
     own = own_output(model, batch)
-    for keys in (None, 22, 1000):
-        states, embedding = subsampled.encode(model, batch, keys, 0, keep_special)
+    for keys, weighted in ((None, False), (22, False), (1000, True)):
+        states, embedding = subsampled.encode(model, batch, keys, 0, keep_special, weighted=weighted)
         assert len(states) == len(own) == 3
         for mine, theirs in zip(states, own):
             assert (mine - theirs)[batch.real].abs().max() < 1e-5
@@ -155,6 +155,23 @@ def test_layers_are_chosen_and_keep_their_draws():
     assert torch.equal(subsampled.encode(model, batch, **MINE, layers=[]).embedding, whole.embedding)
     again = subsampled.encode(model, batch, 4, runtime.generator(3))
     assert torch.equal(again.embedding, both.embedding)
+
+
+def test_weights_undo_a_draw_of_half_of_equal_keys():
+    """A context of pairs of equal keys, one of each pair drawn: with weights, exactly the attention of all of them."""
+    model = small()
+    with torch.no_grad():
+        model.model.embeddings.position_embeddings.weight.zero_()
+    batch = subsampled.contexts(model, [[5, 5, 9, 9, 20, 20]], 30)
+    whole = subsampled.encode(model, batch)
+    seed = next(
+        s for s in range(1000)
+        if (subsampled.draw_keys(batch, 3, s, 2)[:, 0, 1:7].reshape(2, 3, 2).sum(-1) == 1).all()
+    )  # fmt: skip
+    some = subsampled.encode(model, batch, 3, seed, weighted=True)
+    assert torch.allclose(some.embedding, whole.embedding, atol=1e-5)
+    plain = subsampled.encode(model, batch, 3, seed)
+    assert not torch.allclose(plain.embedding, whole.embedding, atol=1e-3)
 
 
 def test_padding_changes_nothing():

@@ -35,6 +35,13 @@ class Corpus(NamedTuple):
     source: str
 
 
+class Article(NamedTuple):
+    """One article of a text: its `title` and its `paragraphs`, headings left out."""
+
+    title: str
+    paragraphs: list[str]
+
+
 class _Known(NamedTuple):
     file: str  # its name in TOKCX_DATA
     sha256: str  # of the plain text
@@ -134,13 +141,8 @@ def scipy_docs() -> Corpus:
     """
     import scipy
 
-    root = Path(scipy.__file__).parent
-    seen: dict[str, None] = {}  # an ordered set
-    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
-        if not {"tests", "_lib"} & set(path.relative_to(root).parts):
-            for docstring in _docstrings(path):
-                seen.update(dict.fromkeys(filter(_is_prose, map(_one_line, re.split(r"\n\s*\n", docstring)))))
-    corpus = _corpus("scipy-docs", "\n".join(seen) + "\n", f"docstrings of scipy {scipy.__version__}")
+    lines = [line for article in scipy_articles() for line in article.paragraphs]
+    corpus = _corpus("scipy-docs", "\n".join(lines) + "\n", f"docstrings of scipy {scipy.__version__}")
     expected = SCIPY_DOCS_SHA256.get(scipy.__version__)
     if corpus.sha256 != expected:
         raise ValueError(
@@ -150,13 +152,49 @@ def scipy_docs() -> Corpus:
     return corpus
 
 
-def _docstrings(path: Path) -> list[str]:
+def scipy_articles() -> list[Article]:
+    """The docstrings of scipy that have prose, one article each, in the order of files and lines.
+
+    A paragraph that stands in several docstrings is kept in the first alone, so that no two articles share one.
+    """
+    import scipy
+
+    root = Path(scipy.__file__).parent
+    seen: set[str] = set()
+    found = []
+    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
+        if not {"tests", "_lib"} & set(path.relative_to(root).parts):
+            for place, docstring in _docstrings(path):
+                prose = dict.fromkeys(filter(_is_prose, map(_one_line, re.split(r"\n\s*\n", docstring))))
+                if new := [paragraph for paragraph in prose if paragraph not in seen]:
+                    seen.update(new)
+                    found.append(Article(f"{path.relative_to(root).as_posix()}:{place}", new))
+    return found
+
+
+def wikipedia_articles(corpus: Corpus) -> list[Article]:
+    """The articles of a text in which a line ` = Title = ` opens each of them, with their paragraphs.
+
+    Raises
+    ------
+    ValueError
+        If the text has no such line.
+    """
+    pieces = re.split(r"(?m)^ = (.+) = $", corpus.text)
+    if len(pieces) < 3:
+        raise ValueError(f"corpus: expected lines ' = Title = ' that open articles, got none in {corpus.name!r}")
+    bodies = ([line.strip() for line in body.split("\n") if line.strip()] for body in pieces[2::2])
+    return [Article(title, body) for title, body in zip(pieces[1::2], bodies)]
+
+
+def _docstrings(path: Path) -> list[tuple[str, str]]:
+    """Name and docstring of what a file defines, in the order of lines; those of the file itself come first."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in other people's strings
         tree = ast.parse(path.read_text(encoding="utf-8"))
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = sorted((n for n in ast.walk(tree) if isinstance(n, kinds)), key=lambda n: getattr(n, "lineno", 0))
-    return [text for node in nodes if (text := ast.get_docstring(node))]
+    return [(getattr(node, "name", ""), text) for node in nodes if (text := ast.get_docstring(node))]
 
 
 def _one_line(paragraph: str) -> str:

@@ -117,6 +117,7 @@ def encode(
     seed: int | torch.Generator | None = None,
     keep_special: bool = True,
     layers: Iterable[int] | None = None,
+    weighted: bool = False,
 ) -> Encoded:
     """Hidden states and embeddings of contexts, with keys subsampled in the layers asked for.
 
@@ -128,6 +129,8 @@ def encode(
     keys, seed, keep_special : as for `draw_keys`; with keys None, every layer reads every key.
     layers : which layers read a draw, counted from 0; the others read every key. Default: all. The draw of a layer does
         not depend on which others are subsampled.
+    weighted : special tokens that are always read weigh as in the whole context: a key that was drawn, n of N, stands
+        for N / n. Without it the tokens that are always read gain weight. Changes nothing if keep_special is False.
 
     Returns
     -------
@@ -150,13 +153,16 @@ def encode(
         subsampled = torch.tensor([layer in chosen for layer in range(len(stack))], device=read.device)
         drawn = draw_keys(batch, keys, seed, len(stack), keep_special)
         read = torch.where(subsampled[:, None, None], drawn, read)
+    text = batch.real & ~batch.special
     with torch.inference_mode():
         x = base.embeddings(batch.ids)
         states = [x]
         for layer, seen in zip(stack, read):
             # Every query of a context, and every head, reads the same keys: (b, heads, queries, keys), the middle two 1.
-            bias = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -torch.inf)[:, None, None]
-            x = layer(x, bias)
+            bias = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -torch.inf)
+            if weighted and keep_special:
+                bias = bias + text * (text.sum(-1, keepdim=True) / (seen & text).sum(-1, keepdim=True)).log()
+            x = layer(x, bias[:, None, None])
             states.append(x)
         return Encoded(states, pooled(x, batch.real))
 
