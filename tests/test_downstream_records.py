@@ -19,7 +19,7 @@ def test_five_hundred_articles_a_thousand_queries_and_eight_lengths():
 def test_no_safe_draw_changes_its_nearest_article():
     table = records.load("downstream_retrieval").table
     assert (table["safe"] <= table["agree"] + 1e-6).all() and table["safe"].max() > 0
-    # Draws that two queries share are no longer than either: the common part is below the whole.
+    # A mean product of two errors, and one component of an error, are at most the whole.
     assert (table["common"] <= table["error"] ** 2 * (1 + 1e-5)).all() and (table["along"] <= table["error"] * (1 + 1e-5)).all()
 
 
