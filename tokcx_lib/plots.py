@@ -120,7 +120,7 @@ def scheme_curves(ax: Axes, table: pd.DataFrame, schemes=None, together: dict | 
 def _spread_labels(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     """Text at the right ends of curves on a logarithmic axis: up where two would overlap, but not beyond its top."""
     rows = ax.get_subplotspec().get_gridspec().nrows
-    height, gap = ax.figure.get_figheight() * 72 * 0.8 / rows, 1.15 * mpl.rcParams["font.size"]
+    height, gap = ax.figure.get_figheight() * 72 * 0.8 / rows, 1.3 * mpl.rcParams["font.size"]
     low, high = np.log(ax.get_ylim())
     ends = sorted(ends, key=lambda end: end[1])
     wanted = [(np.log(y) - low) / (high - low) * height for _, y, _, _ in ends]
