@@ -125,13 +125,13 @@ def dies_after(batches, counter):
 @pytest.mark.parametrize("batches", [1, 3])  # among the queries, among the keys
 def test_a_killed_probe_goes_on_with_the_same_numbers(minilm, ids, table, batches, monkeypatch, tmp_path):
     monkeypatch.setattr(probe, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(probe, "_Checkpoint", _always(probe._Checkpoint))
     arguments = (minilm, ids, [0, 1], TOKENS, QUERIES)
     folder = tmp_path / "kept"
     before, after = [0], [0]
     monkeypatch.setattr(probe, "layer_streams", dies_after(batches, before))
     with pytest.raises(Killed):
         probe.probe(*arguments, checkpoint=folder)
-    monkeypatch.setattr(probe, "_Checkpoint", _always(probe._Checkpoint))
     monkeypatch.setattr(probe, "layer_streams", dies_after(100, after))
     resumed = probe.probe(*arguments, checkpoint=folder)
     assert resumed.to_csv() == table.to_csv()
