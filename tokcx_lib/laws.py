@@ -94,7 +94,8 @@ class SerialGaussian(Gaussian):
     """A stationary sequence of Gaussian tokens: y_{i+1} = r y_i + sqrt(1 - r^2) z_i with z_i ~ N(0, cov), y_0 too.
 
     Every token is N(0, cov), and two at a distance g have the cross-covariance r^g cov (an autoregressive process of
-    order one; chapter 11). `sample` gives the tokens in the order of the sequence; log-MGF and tilts are those of one token.
+    order one; chapter 11). `sample` gives the tokens in the order of the sequence; log-MGF and tilts are those of one
+    token.
 
     Parameters
     ----------

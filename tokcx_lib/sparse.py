@@ -117,7 +117,7 @@ def _draw(m: int, n: int, count: int, generator, taken: Tensor | None = None) ->
 
 
 def window_keys(positions: Tensor, n: int, width: int) -> Tensor:
-    """The `width` neighbouring keys (m, width) around each position, its own among them; at the ends they are shifted."""
+    """The `width` keys (m, width) around each position, its own among them; at the ends the window is shifted."""
     start = (positions - width // 2).clamp(0, n - width)
     return start[:, None] + torch.arange(width)
 
@@ -195,9 +195,9 @@ def low_rank(q, k, v, positions, budget, generator=None) -> Partial:
     """Attention over `budget` random combinations of the n keys, and the same combinations of the values.
 
     Keys and values are centred first, which softmax cannot see, and the mean value is added back. The coefficients are
-    N(0, 1/n), so that a combination is spread like a key: given the keys, the combinations are independent Gaussian tokens
-    of the keys' own covariance (chapter 11). Wang et al. (2020) project like this with coefficients that are learned.
-    The log-sum-exp is scaled to n keys.
+    N(0, 1/n), so that a combination is spread like a key: given the keys, the combinations are independent Gaussian
+    tokens of the keys' own covariance (chapter 11). Wang et al. (2020) project like this with coefficients that are
+    learned. The log-sum-exp is scaled to n keys.
     """
     n, budget = len(k), _budget(budget, len(k))
     mix = torch.randn(budget, n, generator=runtime.generator(generator)).to(k) / math.sqrt(n)
@@ -210,10 +210,10 @@ def low_rank(q, k, v, positions, budget, generator=None) -> Partial:
 def features(q, k, v, positions, budget, generator=None) -> Partial:
     """Positive random features: e^{q.k} is the mean over w ~ N(0, I) of e^{w.q - |q|^2/2} e^{w.k - |k|^2/2}.
 
-    With `budget` draws of w the sums over keys are made once for all queries, and a query reads one row of them for each
-    feature. Keys are centred first, and queries and keys are scaled against each other so that they have the same root mean
-    square length, which makes the estimate least noisy (chapter 11); both are free. Choromanski et al. (2021), with
-    independent w.
+    With `budget` draws of w the sums over keys are made once for all queries, and a query reads one row of them for
+    each feature. Keys are centred first, and queries and keys are scaled against each other so that they have the same
+    root mean square length, which makes the estimate least noisy (chapter 11); both are free. Choromanski et al.
+    (2021), with independent w.
     """
     budget = as_count("budget", budget)
     w = torch.randn(k.shape[1], budget, generator=runtime.generator(generator)).to(k)

@@ -1,7 +1,7 @@
 """What theory says of sparse attention: exact laws where there are any, first-order errors elsewhere (chapter 11).
 
-Whitened Gaussian keys of dimension d, with values equal to keys, and a query of load s, unless said otherwise. First order
-means: where the sum of the weights of the keys read is close to its mean, as for budgets beyond e^{2 s^2}.
+Whitened Gaussian keys of dimension d, with values equal to keys, and a query of load s, unless said otherwise. First
+order means: where the sum of the weights of the keys read is close to its mean, as for budgets beyond e^{2 s^2}.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ STEP = 0.5  # of the trapezoidal rule in log l, as in `softmax_law`; here it is 
 def drawn_error(q: Tensor, k: Tensor, v: Tensor, draws: Sequence[int]) -> Tensor:
     """E ||o_m - o||^2 for attention over m keys drawn with replacement from n given keys, o that over all n: exact.
 
-    The n keys are a law like any other, and the m drawn ones independent tokens of it: the exact law of chapter 9 gives the
-    error, for any keys and any values, without an assumption about either. With e_j = n w_j, w_j the weights of the
+    The n keys are a law like any other, and the m drawn ones independent tokens of it: the exact law of chapter 9 gives
+    the error, for any keys and any values, without an assumption about either. With e_j = n w_j, w_j the weights of the
     query over all keys, and values centred at its output,
 
         E ||o_m - o||^2 = int l [m b(l) phi(l)^(m-1) + m (m-1) |a(l)|^2 phi(l)^(m-2)] dl,
@@ -106,10 +106,10 @@ def inflation(load: float, dim: int, correlation: float) -> float:
 
 
 def window_mean(x: Tensor, t: Tensor, correlation: float, lags) -> Tensor:
-    """First-order mean (..., d) of attention over keys at `lags` from a token x (..., d), tilt t (..., d), given that token.
+    """First-order mean (..., d) of attention over keys at `lags` from a token x (..., d), given it; tilt t (..., d).
 
-    Given x, the key at lag g is N(r x, (1 - r^2) I) with r = correlation^|g|. Its weight has the mean e^{c}, c = r <t, x> +
-    (1 - r^2) s^2 / 2, and under its own tilt it has the mean r x + (1 - r^2) t; the window averages these with the
+    Given x, the key at lag g is N(r x, (1 - r^2) I) with r = correlation^|g|. Its weight has the mean e^{c}, c = r <t,
+    x> + (1 - r^2) s^2 / 2, and under its own tilt it has the mean r x + (1 - r^2) t; the window averages these with the
     weights e^c. Global attention is t, so the bias is the mean of r (x - r t).
     """
     r = correlation ** torch.as_tensor(lags).abs().to(x)
@@ -121,7 +121,7 @@ def window_mean(x: Tensor, t: Tensor, correlation: float, lags) -> Tensor:
 # ------------------------------------------------------------ the largest weights
 
 def top_mass(n: float, load: float, k) -> np.ndarray:
-    """Expected share of the attention that the k largest of n weights hold: standard normal logits times the load, exact.
+    """Expected share of attention on the k largest of n weights, exact: logits are standard normal times the load.
 
     With 1/S = int e^{-l S} dl as in chapter 9, and a token of logit sy among the k largest if fewer than k of the n - 1
     others lie above it, under the tilt e^{-l e^{sY}}:
@@ -177,8 +177,8 @@ def top_mass(n: float, load: float, k) -> np.ndarray:
 def frozen_missing_mass(reduced_load: float, k) -> np.ndarray:
     """E[1 - M_k] in the frozen phase, n -> oo at reduced load sigma > 1: the k largest of Poisson-Dirichlet weights.
 
-    With a = 1 / sigma and c = Gamma(1 - a): (1/c) int u^{-a} e^{-u} (1 - c / (u^{-a} e^{-u} + gamma(1 - a, u)))^k du (chapter
-    11). For large k it falls like k^{-(sigma - 1)}.
+    With a = 1 / sigma and c = Gamma(1 - a): (1/c) int u^{-a} e^{-u} (1 - c / (u^{-a} e^{-u} + gamma(1 - a, u)))^k du
+    (chapter 11). For large k it falls like k^{-(sigma - 1)}.
 
     Raises
     ------

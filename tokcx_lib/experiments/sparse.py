@@ -97,10 +97,10 @@ def _heads_of(model, cases) -> list:
 def sparse_heads(config: dict, device) -> Plan:
     """Heads of the embedded model on running text; cases [layer, head, factor of the logits].
 
-    A replicate is a passage of the text: its tokens in order, `windows` contexts of 254 that the model reads one by one, as
-    one sequence of keys. Errors in units of the spread of the passage's values. Scheme "full": half the distance between
-    the outputs over the two halves of the passage. Scheme "mean", budget 0: the mean value for every query. In the JSON, for every case: median and 5% and 95% quantiles of the
-    load over the tokens of the passages.
+    A replicate is a passage of the text: its tokens in order, `windows` contexts of 254 that the model reads one by
+    one, as one sequence of keys. Errors in units of the spread of the passage's values. Scheme "full": half the
+    distance between the outputs over the two halves of the passage. Scheme "mean", budget 0: the mean value for every
+    query. In the JSON, for every case: median and 5% and 95% quantiles of the load over the tokens of the passages.
     """
     model = load_model(EMBEDDED, device)
     n = config["windows"] * WINDOW
@@ -145,11 +145,12 @@ def sparse_heads(config: dict, device) -> Plan:
 def sparse_window(config: dict, device) -> Plan:
     """Windows with 50 random keys, as Bohbot et al. (2026) measure them, on heads of the embedded model.
 
-    Sequences are the first n tokens of a passage, one token in `every` is a query, and the window reaches `half_widths` tokens to
-    each side at the longest n, in proportion at others. Errors against full attention over the same n tokens: of the mean
-    of the outputs, of their covariance (Frobenius norm), and `mse`, the mean square distance of the outputs; in units of
-    the spread of the values, squared for the last two. Beside it, at the middle half-width: the same keys with random ones
-    weighted; as many random keys drawn by each query; as many random keys that all queries share.
+    Sequences are the first n tokens of a passage, one token in `every` is a query, and the window reaches `half_widths`
+    tokens to each side at the longest n, in proportion at others. Errors against full attention over the same n tokens:
+    of the mean of the outputs, of their covariance (Frobenius norm), and `mse`, the mean square distance of the
+    outputs; in units of the spread of the values, squared for the last two. Beside it, at the middle half-width: the
+    same keys with random ones weighted; as many random keys drawn by each query; as many random keys that all queries
+    share.
     """
     model = load_model(EMBEDDED, device)
     lengths, middle = config["lengths"], config["half_widths"][len(config["half_widths"]) // 2]
