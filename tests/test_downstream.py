@@ -197,5 +197,5 @@ def test_a_unit_can_be_run_alone(name, monkeypatch):
         assert means[4] > means[16] > 0
     else:
         assert len(table) == 4 * 2 and (table["critical_1"] <= table["critical_2"]).all()
-        assert np.allclose(table["load"], table.filter(regex=r"load_\d").mean(1))
+        assert np.allclose(table["load"], table.filter(regex=r"load_\d").mean(axis=1))
         assert math.isfinite(table.to_numpy(float).sum())

@@ -1,5 +1,7 @@
 """The chapters' stored outputs are those of their sources, and the check that says so finds what it should."""
 
+import os
+
 import nbformat
 import pytest
 
@@ -43,6 +45,12 @@ def test_second_run_changes_no_byte(small_book):
     before = twin.read_bytes()
     assert notebooks.main(["--root", str(small_book), "run", "--force", "01"]) == 0
     assert twin.read_bytes() == before
+
+
+def test_a_run_leaves_the_environment_alone(small_book):
+    before = dict(os.environ)
+    assert notebooks.main(["--root", str(small_book), "run", "--force", "01"]) == 0
+    assert dict(os.environ) == before
 
 
 def test_stale_code(small_book, capsys):

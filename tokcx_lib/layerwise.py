@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokcx_lib import architectures
 from tokcx_lib.heads import TextModel
-from tokcx_lib.subsampled import Contexts, draw_keys, encode
+from tokcx_lib.subsampled import Contexts, additive_mask, draw_keys, encode
 
 
 def layer_errors(model: TextModel, batch: Contexts, keys: int, seed: int | torch.Generator) -> pd.DataFrame:
@@ -40,15 +40,15 @@ def layer_errors(model: TextModel, batch: Contexts, keys: int, seed: int | torch
     base = architectures.base_model(model)
     layers = base.get_submodule(architectures.architecture(base.config).layers)
     drawn = draw_keys(batch, keys, seed, len(layers))
-    every = _bias(batch.real)
+    every = additive_mask(batch.real)
     rows = []
     with torch.inference_mode():
         x = exact[0]
         for number, (layer, seen) in enumerate(zip(layers, drawn), 1):
             before, should = x - exact[number - 1], exact[number]
-            fresh = layer(exact[number - 1], _bias(seen)) - should
+            fresh = layer(exact[number - 1], additive_mask(seen)) - should
             inherited = layer(x, every) - should
-            x = layer(x, _bias(seen))
+            x = layer(x, additive_mask(seen))
             centre = _mean(should, batch.real)[:, None]
             sizes = [
                 _mean(e.square().sum(-1, keepdim=True), batch.real)[:, 0].sqrt()
@@ -59,11 +59,6 @@ def layer_errors(model: TextModel, batch: Contexts, keys: int, seed: int | torch
                 rows.append((context, number, *row))
     columns = ["context", "layer", "error", "fresh", "inherited", "before", "spread", "cross"]
     return pd.DataFrame(rows, columns=columns).sort_values(["context", "layer"], ignore_index=True)
-
-
-def _bias(seen: Tensor) -> Tensor:
-    """Additive mask (b, 1, 1, width) of the keys that are read, bool (b, width)."""
-    return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -torch.inf)[:, None, None]
 
 
 def _mean(values: Tensor, real: Tensor) -> Tensor:

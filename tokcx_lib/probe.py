@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import tokcx_lib
 from tokcx_lib import finite_n, geometry, rates, records, runtime
 from tokcx_lib.heads import Head, TextModel, heads, layer_streams, tokenize
 from tokcx_lib.streaming import partial_attention
@@ -419,4 +420,5 @@ def _plan(model: TextModel, ids: np.ndarray, layers: list[int], queries: int, se
         "device": str(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "tokcx": tokcx_lib.__version__,
     }

@@ -158,13 +158,18 @@ def encode(
         x = base.embeddings(batch.ids)
         states = [x]
         for layer, seen in zip(stack, read):
-            # Every query of a context, and every head, reads the same keys: (b, heads, queries, keys), the middle two 1.
-            bias = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -torch.inf)
+            mask = additive_mask(seen)
             if weighted and keep_special:
-                bias = bias + text * (text.sum(-1, keepdim=True) / (seen & text).sum(-1, keepdim=True)).log()
-            x = layer(x, bias[:, None, None])
+                stands_for = text.sum(-1, keepdim=True) / (seen & text).sum(-1, keepdim=True)
+                mask = mask + (text * stands_for.log())[:, None, None]
+            x = layer(x, mask)
             states.append(x)
         return Encoded(states, pooled(x, batch.real))
+
+
+def additive_mask(seen: Tensor) -> Tensor:
+    """0 for keys that are read, bool (b, width), and -inf for others: (b, 1, 1, width), one for all heads and queries."""
+    return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -torch.inf)[:, None, None]
 
 
 def pooled(states: Tensor, real: Tensor) -> Tensor:

@@ -231,9 +231,8 @@ def same_cells(source: nbformat.NotebookNode, stored: nbformat.NotebookNode) -> 
 
 def execute(notebook: nbformat.NotebookNode, root: Path) -> None:
     """Run the cells in place, in a new kernel of this Python, in the folder of the chapters."""
-    os.environ.update(ENVIRONMENT)
-    # The library of this tree, whichever is installed.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    # The library of this tree, whichever is installed, for this kernel alone: the next may be of another tree.
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     client = NotebookClient(
         notebook,
         timeout=TIMEOUT,
@@ -246,7 +245,7 @@ def execute(notebook: nbformat.NotebookNode, root: Path) -> None:
         extra_arguments=["--log-level=ERROR"],
     )
     language = copy.deepcopy(notebook.metadata.language_info)
-    client.execute()
+    client.execute(env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path})
     notebook.metadata.language_info = language
 
 

@@ -36,13 +36,16 @@ def _collection(model, corpus, config: dict) -> downstream.Collection:
     )
 
 
-def _cases(config: dict, collection: downstream.Collection, block: int):
-    """The queries of a block at each width: articles and their places (q,), token ids (q, width), lengths to read."""
+def _cases(config: dict, model, collection: downstream.Collection, block: int):
+    """The queries of a block at each width: columns that name them, contexts, what all keys make of them, lengths."""
     size, held = config["block"], collection.queries.shape[1]
     chosen = collection.queries[block * size : (block + 1) * size]
     article = (block * size + torch.arange(len(chosen))).repeat_interleave(held)
+    query = torch.arange(held).repeat(len(chosen))
     for width, lengths in config["lengths"].items():
-        yield int(width), article, torch.arange(held).repeat(len(chosen)), chosen.flatten(0, 1)[:, : int(width)], lengths
+        named = {"block": block, "width": int(width), "article": article, "query": query}
+        batch = subsampled.contexts(model, list(chosen.flatten(0, 1)[:, : int(width)].numpy()))
+        yield named, batch, subsampled.encode(model, batch), lengths
 
 
 def _blocks(config: dict) -> list[tuple[int]]:
@@ -63,17 +66,12 @@ def downstream_retrieval(config: dict, device) -> Plan:
 
     def work(block: int) -> Part:
         rows = []
-        for width, article, query, ids, lengths in _cases(config, collection, block):
-            batch = subsampled.contexts(model, list(ids.numpy()))
-            whole = subsampled.encode(model, batch)
+        for named, batch, whole, lengths in _cases(config, model, collection, block):
             for n in lengths:
-                seeds = [runtime.stream(config["seed"], width, block, r) for r in range(config["replicates"])]
-                found = downstream.draw_errors(model, batch, whole, article, index(), n, seeds)
+                seeds = [runtime.stream(config["seed"], named["width"], block, r) for r in range(config["replicates"])]
+                found = downstream.draw_errors(model, batch, whole, named["article"], index(), n, seeds)
                 columns = {
-                    "block": block,
-                    "width": width,
-                    "article": article,
-                    "query": query,
+                    **named,
                     "n": n,
                     "error": found.square.sqrt().cpu(),
                     "common": found.common.cpu(),
@@ -101,13 +99,12 @@ def downstream_queries(config: dict, device) -> Plan:
 
     def work(block: int) -> Part:
         rows = []
-        for width, article, query, ids, _ in _cases(config, collection, block):
-            batch = subsampled.contexts(model, list(ids.numpy()))
-            whole = subsampled.encode(model, batch)
+        for named, batch, whole, _ in _cases(config, model, collection, block):
+            article = named["article"]
             seen = [x.cpu() for x in downstream.context_attention(model, batch, whole)]
             own = (whole.embedding * index()[article.to(index().device)]).sum(-1).cpu()
             right = (downstream.nearest(whole.embedding, index()).cpu() == article).long()
-            columns = {"block": block, "width": width, "article": article, "query": query}
+            columns = dict(named)
             columns |= {name: x.mean((1, 2)) for name, x in zip(("load", "effective", "special"), seen)}
             columns |= {"right": right, "score": own}
             columns |= {f"load_{i}": x for i, x in enumerate(seen[0].mean(2).mT, 1)}
