@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import subprocess
+import textwrap
 from datetime import datetime, timezone
 from io import BytesIO
 from pathlib import Path
@@ -37,13 +38,14 @@ class Record(NamedTuple):
     meta: dict
 
     def __str__(self) -> str:
-        """Two lines: what ran and when; on which device, for how long, from which commit."""
+        """What ran and when; on a new line, on which device, for how long, from which commit. Lines fit a page."""
         meta = self.meta
         what = [f"record {meta['name']}"] + [f"{meta[key]} {key}" for key in ("replicates",) if key in meta]
         how = [f"device: {meta['device']}"]
         if "wall_seconds" in meta:
             how.append(f"{meta['wall_seconds'] / 60:.0f} min")
-        return ", ".join([*what, meta["created"][:10]]) + "\n" + ", ".join([*how, f"commit {meta['commit'][:10]}"])
+        lines = ", ".join([*what, meta["created"][:10]]), ", ".join([*how, f"commit {meta['commit'][:10]}"])
+        return "\n".join(textwrap.fill(line, 80, subsequent_indent="  ") for line in lines)
 
 
 def folder(path=None) -> Path:
