@@ -13,7 +13,7 @@ TEST := $(BIN)/python -m pytest --nbval --nbval-current-env \
 	--nbval-sanitize-with tests/nbval_sanitize.cfg \
 	--nbval-cell-timeout 600 tests chapters
 
-.PHONY: help book test test-all run lab check-pins clean
+.PHONY: help book test test-all run lab course slides check-pins clean
 
 help:
 	@echo "make book        build the book from its stored outputs (installs what it takes to render)"
@@ -22,6 +22,8 @@ help:
 	@echo "make run         re-execute the chapters whose outputs are stale"
 	@echo "                 (FORCE=1: all of them; CHAPTER=07: only that one)"
 	@echo "make lab         open the chapters in JupyterLab"
+	@echo "make course      student and instructor copies of the chapters, into dist/course"
+	@echo "make slides      the lectures as slides, into dist/course/slides"
 	@echo "make check-pins  do the pinned versions resolve on Python 3.11, 3.12 and 3.13?"
 	@echo "make clean       remove what was built (not .venv)"
 	@echo "PYTHON=python3.12 make …  chooses the Python, 3.11 or newer, of a new .venv"
@@ -43,6 +45,12 @@ run: .venv/.full
 lab: .venv/.full
 	$(BIN)/jupyter lab chapters
 
+course: .venv/.full
+	$(BIN)/python -m tools.course
+
+slides: .venv/.full
+	$(BIN)/python -m tools.slides
+
 check-pins: .venv/.created
 	@for version in 3.11 3.12 3.13; do \
 		echo "Python $$version"; \
@@ -52,7 +60,7 @@ check-pins: .venv/.created
 	@echo "The pinned versions resolve on all three."
 
 clean:
-	rm -rf _build build *.egg-info .pytest_cache .hypothesis chapters/.ipynb_checkpoints
+	rm -rf _build build dist *.egg-info .pytest_cache .hypothesis chapters/.ipynb_checkpoints
 	find tokcx_lib tests tools book -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.created:
