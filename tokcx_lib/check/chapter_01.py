@@ -17,7 +17,8 @@ def _normal(*shape):
 
 def _cache(size, dim, queries):
     """Keys, their counts, and queries."""
-    return _normal(size, dim), 1 + 5 * torch.rand(size, generator=_stream, dtype=torch.float64).mul(9).floor(), _normal(queries, dim)
+    counts = torch.randint(1, 50, (size,), generator=_stream).double()
+    return _normal(size, dim), counts, _normal(queries, dim)
 
 
 def _merged(keys, counts, queries):
@@ -65,7 +66,10 @@ CHECKS = [
         added=Expression(
             _m,
             "Put Y + m into the definition of K, and differentiate.",
-            misses=[(0, "The values move as well."), (2 * _m, "The values move once; what the queries do belongs into the tilt.")],
+            misses=[
+                (0, "The values move as well."),
+                (2 * _m, "The values move once; what the queries do belongs into the tilt."),
+            ],
             symbols="A x m",
         ),
         tilt=Expression(
