@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -12,35 +13,31 @@ from tokcx_lib.check import kinds
 from tools import notebooks
 from tools.notebooks import ROOT
 
+sys.path.insert(0, str(ROOT / "book" / "_ext"))
+import exercise_table  # noqa: E402
+
 CHAPTERS = notebooks.chapters(ROOT, [])
 CHECKS = check.checks()
-KINDS = "pencil|sympy|code|pencil and sympy|pencil and code|sympy and code"
-HEAD = re.compile(rf"\*\(({KINDS}), (\d+) minutes, objective (\d)(, stretching)?\)\* ")
-
-
-def exercises(path):
-    """Label and text of every exercise of a chapter."""
-    pattern = r"^```\{exercise-start\} [^\n]+\n:label: (\S+)\n```\n(.*?)^```\{exercise-end\}"
-    return re.findall(pattern, path.read_text(encoding="utf-8"), flags=re.M | re.S)
+KINDS = {"pencil", "sympy", "code", "pencil and sympy", "pencil and code", "sympy and code"}
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_every_exercise_has_kind_minutes_objective_solution_and_check(path):
     source, chapter = path.read_text(encoding="utf-8"), int(path.stem[:2])
-    found = exercises(path)
-    heads = [HEAD.match(text) for _, text in found]
-    assert all(heads), [text[:60] for (_, text), head in zip(found, heads) if not head]
-    assert len(found) >= 5 and len(found) == sum(number.startswith(f"{chapter}.") for number in CHECKS)
-    assert sum("pencil" in head[1] or "sympy" in head[1] for head in heads) >= 3
-    assert sum("code" in head[1] for head in heads) >= 2 and any(head[4] for head in heads)
-    assert all(5 <= int(head[2]) <= 60 for head in heads)
+    found = exercise_table.exercises(path)
+    assert len(found) == source.count("```{exercise-start}") >= 5
+    assert [e.number for e in found] == [number for number in CHECKS if number.startswith(f"{chapter}.")]
+    assert {e.kind for e in found} <= KINDS and all(5 <= e.minutes <= 60 for e in found)
+    assert sum("pencil" in e.kind or "sympy" in e.kind for e in found) >= 3
+    assert sum("code" in e.kind for e in found) >= 2 and any(e.stretching for e in found)
     aims = re.search(r"^```\{admonition\} You will\n.*?^```", source, flags=re.M | re.S)[0]
-    objectives = [int(number) for number in re.findall(r"^(\d)\. ", aims, flags=re.M)]
-    assert objectives == list(range(1, len(objectives) + 1)) and {int(head[3]) for head in heads} == set(objectives)
-    for i, (label, text) in enumerate(found, start=1):
-        assert "*Hand in*" in text, label
-        solution = re.search(rf"^```\{{solution-start\}} {label}$.*?^```\{{solution-end\}}", source, flags=re.M | re.S)
-        assert f'assert check.exercise("{chapter}.{i}", ' in solution[0], label
+    objectives = [f"{chapter}.{number}" for number in re.findall(r"^(\d)\. ", aims, flags=re.M)]
+    assert objectives == [f"{chapter}.{i + 1}" for i in range(len(objectives))]
+    assert {e.objective for e in found} == set(objectives)
+    for e in found:
+        text = re.search(rf"^:label: {e.label}$.*?^```\{{exercise-end\}}", source, flags=re.M | re.S)[0]
+        solution = re.search(rf"^```\{{solution-start\}} {e.label}$.*?^```\{{solution-end\}}", source, flags=re.M | re.S)[0]
+        assert "\n*Hand in* " in text and f'assert check.exercise("{e.number}", ' in solution, e.label
 
 
 def parts(number):
