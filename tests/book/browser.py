@@ -103,3 +103,18 @@ def typeset(session: Browser, seconds: float = 30) -> bool:
             return True
         time.sleep(0.1)
     return False
+
+
+def network(session: Browser, address: str) -> Iterator[tuple]:
+    """Requests since the last call that left the served book, and those that failed."""
+    asked = {}
+    for event in session.requests():
+        data = event["params"]
+        if event["method"] == "Network.requestWillBeSent":
+            url = asked[data["requestId"]] = data["request"]["url"]
+            if not url.startswith((address, "data:", "blob:")):
+                yield "request to", url
+        elif event["method"] == "Network.loadingFailed" and not data.get("canceled"):
+            yield "request failed", asked.get(data["requestId"], "?"), data["errorText"]
+        elif event["method"] == "Network.responseReceived" and data["response"]["status"] >= 400:
+            yield "request failed", data["response"]["url"], data["response"]["status"]

@@ -1,15 +1,12 @@
 """The built pages need nothing from another host: by what they say, and in a browser that can reach none."""
 
-import functools
 import re
-import threading
 from html.parser import HTMLParser
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from browser import CHROMIUM, DRIVER, browser, typeset
+from browser import CHROMIUM, DRIVER, browser, network, typeset
 
 # Attributes by which a page loads something. `href` does so in a <link> only: in an <a> the reader decides.
 LOADS = {"src", "srcset", "data", "poster", "background"}
@@ -129,21 +126,6 @@ def test_figures_have_alt_text_and_a_caption(pages):
 
 # ------------------------------------------------------------- a browser
 
-@pytest.fixture(scope="module")
-def address(html):
-    """The book, served on this machine."""
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=html))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
-    server.server_close()
-
-
 UNTYPESET = """
 return [...document.querySelectorAll(".math")]
     .filter(e => !e.querySelector("mjx-container")).map(e => e.textContent.trim().slice(0, 80))
@@ -172,18 +154,3 @@ def test_in_a_browser_without_network(html, pages, address):
             problems += [(name, "console", e["message"]) for e in session.log("browser") if e["level"] == "SEVERE"]
             problems += [(name, *event) for event in network(session, address)]
     assert not problems, "\n".join(map(str, problems))
-
-
-def network(session, address):
-    """Requests that left this machine, and those that failed."""
-    asked = {}
-    for event in session.requests():
-        data = event["params"]
-        if event["method"] == "Network.requestWillBeSent":
-            url = asked[data["requestId"]] = data["request"]["url"]
-            if not url.startswith((address, "data:", "blob:")):
-                yield "request to", url
-        elif event["method"] == "Network.loadingFailed" and not data.get("canceled"):
-            yield "request failed", asked.get(data["requestId"], "?"), data["errorText"]
-        elif event["method"] == "Network.responseReceived" and data["response"]["status"] >= 400:
-            yield "request failed", data["response"]["url"], data["response"]["status"]
