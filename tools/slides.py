@@ -39,6 +39,7 @@ def lecture(text: str, root: Path, book: plain.Book) -> nbformat.NotebookNode:
     for slide in text.split("\n---\n"):
         shown, _, note = slide.partition("\nNote:")
         place, words = "slide", []
+        alone = len([line for line in shown.splitlines() if line.strip()]) == 2  # a title and a figure
 
         def flush() -> None:
             nonlocal place, words
@@ -55,6 +56,7 @@ def lecture(text: str, root: Path, book: plain.Book) -> nbformat.NotebookNode:
             flush()
             kind, stem, wanted = line[1:].split(" ", 2)
             cells.append(taken(stored, kind, stem, wanted, place))
+            cells[-1].metadata.tags += ["tall"] * alone
             place = "-"
         flush()
         if note.strip():

@@ -44,7 +44,7 @@ def test_every_slide_fits_and_is_typeset(pages):
                     "return [s.scrollHeight, [...s.querySelectorAll('img')].every(i => i.complete && i.naturalWidth > 0),"
                     " s.querySelectorAll('mjx-merror').length, s.innerText]"
                 )
-                assert shown[0] <= 705 and shown[1] and shown[2] == 0, (page.name, number, shown)
+                assert shown[0] <= 700 and shown[1] and shown[2] == 0, (page.name, number, shown)
                 assert "{" not in re.sub(r"\\\w+", "", shown[3]) or "glue" not in shown[3]
         assert not [entry for entry in session.log("browser") if entry["level"] == "SEVERE"]
 
