@@ -17,7 +17,7 @@ PICTURE = ROOT / "book" / "_static" / "dependencies.svg"
 # Of the book's figures: readable on white, and after the style sheet has turned lightness around for dark pages.
 PARTS = {"Theory": "#0072B2", "Experiments": "#D55E00", "Beyond the paper": "#009E73"}
 INK, LINES = "#000000", "#767676"
-WIDTH, HEIGHT, ACROSS, DOWN = 186, 62, 54, 26  # of a box, and between boxes
+WIDTH, HEIGHT, ACROSS, DOWN = 172, 66, 36, 24  # of a box, and between boxes
 
 
 def chapters() -> dict[int, str]:
@@ -118,7 +118,7 @@ def arrow(a: int, b: int, whole: bool, both: bool, at) -> str:
 
 def box(chapter: int, title: str, at) -> str:
     x, y = at[chapter]
-    colour, lines = PARTS[part(chapter)], wrap(title, 18)
+    colour, lines = PARTS[part(chapter)], wrap(title, 16)
     top = y + HEIGHT / 2 + 5 - 8.5 * (len(lines) - 1)
     words = "".join(f'<tspan x="{x + 42:g}" y="{top + 17 * i:g}">{line}</tspan>' for i, line in enumerate(lines))
     return (
