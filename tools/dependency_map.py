@@ -75,7 +75,9 @@ def columns(numbers, edges) -> list[list[int]]:
         level = {n: k for k, column in enumerate(order) for n in column}
         ends = [(level[a], level[b], place[a], place[b]) for a, b in edges]
         crossings = sum(
-            (p[0], p[1]) == (q[0], q[1]) and (p[2] - q[2]) * (p[3] - q[3]) < 0 for i, p in enumerate(ends) for q in ends[:i]
+            (p[0], p[1]) == (q[0], q[1]) and (p[2] - q[2]) * (p[3] - q[3]) < 0
+            for i, p in enumerate(ends)
+            for q in ends[:i]
         )
         length = sum(abs(end[2] - end[3]) ** 2 for end in ends)
         if cost is None or (crossings, length) < cost:
@@ -116,15 +118,19 @@ def arrow(a: int, b: int, whole: bool, both: bool, at) -> str:
     return f'  <path data-from="{a}" data-to="{b}" d="{path}"{dash}{tail} marker-end="url(#tip)"/>'
 
 
+def tint(colour: str) -> str:
+    return f'fill="{colour}" fill-opacity="0.1" stroke="{colour}"'
+
+
 def box(chapter: int, title: str, at) -> str:
     x, y = at[chapter]
     colour, lines = PARTS[part(chapter)], wrap(title, 16)
     top = y + HEIGHT / 2 + 5 - 8.5 * (len(lines) - 1)
     words = "".join(f'<tspan x="{x + 42:g}" y="{top + 17 * i:g}">{line}</tspan>' for i, line in enumerate(lines))
     return (
-        f'  <rect x="{x:g}" y="{y:g}" width="{WIDTH}" height="{HEIGHT}" rx="7" fill="{colour}" fill-opacity="0.1" stroke="{colour}"/>\n'
-        f'  <text x="{x + 22:g}" y="{y + HEIGHT / 2 + 7:g}" text-anchor="middle" font-size="19" font-weight="600" fill="{colour}">{chapter}</text>'
-        f'<text font-size="14" fill="{INK}">{words}</text>'
+        f'  <rect x="{x:g}" y="{y:g}" width="{WIDTH}" height="{HEIGHT}" rx="7" {tint(colour)}/>\n'
+        f'  <text x="{x + 22:g}" y="{y + HEIGHT / 2 + 7:g}" text-anchor="middle" font-size="19" font-weight="600"'
+        f' fill="{colour}">{chapter}</text><text font-size="14" fill="{INK}">{words}</text>'
     )
 
 
@@ -141,18 +147,21 @@ def svg() -> str:
             arrows.append(arrow(a, b, whole, (b, a) in shown, at))
     legend, x = [], 2
     for name, colour in PARTS.items():
-        legend.append(f'  <rect x="{x}" y="{foot - 13}" width="14" height="14" rx="3" fill="{colour}" fill-opacity="0.1" stroke="{colour}"/>')
+        legend.append(f'  <rect x="{x}" y="{foot - 13}" width="14" height="14" rx="3" {tint(colour)}/>')
         legend.append(f'  <text x="{x + 22}" y="{foot - 1}" font-size="14">{name}</text>')
         x += 50 + 8 * len(name)
     for name, dash in (("all of it", ""), ("a part of it", ' stroke-dasharray="5 4"')):
-        legend.append(f'  <path d="M{x + 20},{foot - 6} h34" stroke="{LINES}" stroke-width="1.6"{dash} marker-end="url(#tip)"/>')
+        line = f'd="M{x + 20},{foot - 6} h34" stroke="{LINES}" stroke-width="1.6"{dash}'
+        legend.append(f'  <path {line} marker-end="url(#tip)"/>')
         legend.append(f'  <text x="{x + 66}" y="{foot - 1}" font-size="14">{name}</text>')
         x += 90 + 8 * len(name)
+    size = f'viewBox="0 0 {width:g} {foot + 8:g}" width="{width:g}" height="{foot + 8:g}"'
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {foot + 8:g}" width="{width:g}" height="{foot + 8:g}"'
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size}'
             ' font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif">',
-            '<defs><marker id="tip" viewBox="0 0 8 8" refX="6" refY="4" markerWidth="6.5" markerHeight="6.5" orient="auto-start-reverse">'
+            '<defs><marker id="tip" viewBox="0 0 8 8" refX="6" refY="4" markerWidth="6.5" markerHeight="6.5"'
+            ' orient="auto-start-reverse">'
             f'<path d="M0,0 L8,4 L0,8 z" fill="{LINES}"/></marker></defs>',
             f'<g fill="none" stroke="{LINES}" stroke-width="1.6">',
             *arrows,
