@@ -125,7 +125,7 @@ def test_what_first_order_leaves_out_is_of_second_order():
 
 
 def test_effective_couplings_in_one_dimension():
-    h = [1.5, 0.5, 0.7]
+    h = [1.5, 0.7, 0.5]
     found = depth.effective_couplings(depth.scalar_stack(h))
     psi = [x**2 for x in h]
     assert found == pytest.approx([psi[0], psi[0] * (1 + psi[1]), psi[0] * (1 + psi[1] * (1 + psi[2]))])
@@ -133,6 +133,13 @@ def test_effective_couplings_in_one_dimension():
     assert late == pytest.approx([0.01, 4.0])  # the colder layer counts
     alike = depth.effective_couplings(depth.scalar_stack([0.8] * 4))
     assert alike == pytest.approx([sum(0.64**k for k in range(1, L + 1)) for L in range(1, 5)])
+
+
+def test_a_pull_passes_a_weak_layer_by():
+    between = depth.effective_couplings(depth.scalar_stack([1.0, 0.5, 1.0]))
+    assert between == pytest.approx([1.0, 1.25, 2.0])
+    strong = depth.effective_couplings(depth.scalar_stack([1.0, 0.9, 1.0]))
+    assert strong[-1] == pytest.approx(1 + 0.81 * 2)
 
 
 def test_effective_couplings_of_directions_that_do_not_meet():

@@ -122,21 +122,24 @@ def effective_couplings(stack: Stack) -> list[float]:
     In whitened tokens z, which all layers share up to a rotation, let the query z_i send the key z_j to the logit
     z_j' B_l z_i in layer l. One token's pull on a query of layer k travels on through the layers above, where a query z
     reads keys N(B z, I). With C = I, and C <- I + B C B' down the layers from l, the pull of layer k has the tail of
-    e^{z'Pz/2}, P = G (I + G)^-1, G = B_k C B_k'. The result, for each l, is the largest ||G|| over k <= l; in one
-    dimension Psi_k (1 + Psi_{k+1} (1 + ... Psi_l)). Moments after l layers then converge like n^-beta, and so does
-    every fixed query in layer l + 1, beta = min(1/2, 1 / (1 + result)).
+    e^{z'Pz/2}, P = G (I + G)^-1, G = B_k C B_k'. On the residual a pull may also pass a layer by, which leaves C as it
+    is: up to 2^(l-1) ways. The result, for each l, is the largest ||G|| over k <= l and all ways; in one dimension
+    the largest Psi_i (1 + Psi_j (1 + ...)) over layers i < j < ... <= l. Moments after l layers then converge like
+    n^-beta, and so does every fixed query in layer l + 1, beta = min(1/2, 1 / (1 + result)).
     """
     half, forms = geometry.root(stack.covs[0]), []
     for layer, M in zip(stack.layers, stack.maps):
         forms.append(half.mT @ layer.A @ half)
         half = M @ half
-    found = []
+    found, one = [], torch.eye(len(half), dtype=torch.float64)
     for l in range(1, len(forms) + 1):
-        C, best = torch.eye(len(half), dtype=torch.float64), 0.0
+        C, best = one[None], 0.0  # one C for every way up
         for B in reversed(forms[:l]):
             G = B @ C @ B.mT
-            best = max(best, torch.linalg.matrix_norm(G, 2).item())
-            C = torch.eye(len(C), dtype=torch.float64) + G
+            best = max(best, torch.linalg.matrix_norm(G, 2).max().item())
+            C = torch.cat([C, one + G])
+            if len(one) == 1:
+                C = C.amax(0, keepdim=True)  # the largest gives the largest
         found.append(best)
     return found
 
