@@ -123,13 +123,14 @@ def test_instructor_copies_run_through(out, path, tmp_path):
 
 # ------------------------------------------------------------ plain Markdown
 
-BOOK = plain.Book({"thm-a": "Theorem 3.1", "eq-b": "(3.2)", "sec-c": "A section"}, {"doe2020": ("Doe and Roe", "2020")})
+BOOK = plain.Book({"thm-a": "Theorem 3.1", "eq-b": "(3.2)", "sec-c": "A section", "ex-d": "Exercise 3.4"}, {"doe2020": ("Doe and Roe", "2020")})
 
 
 @pytest.mark.parametrize(
     ("myst", "markdown"),
     [
-        ("{prf:ref}`thm-a` and {eq}`eq-b`, {ref}`sec-c`, {ref}`there <sec-c>`", "Theorem 3.1 and (3.2), A section, there"),
+        ("{prf:ref}`thm-a` and {eq}`eq-b`, {ref}`sec-c`, {ref}`there <sec-c>`", "Theorem 3.1 and (3.2), “A section”, there"),
+        ("{ref}`An exercise <ex-d>` asks", "Exercise 3.4 asks"),
         ("{cite:t}`doe2020` say so {cite:p}`doe2020,doe2020`", "Doe and Roe (2020) say so (Doe and Roe, 2020; Doe and Roe, 2020)"),
         ("it is {glue:text}`value`", "it is 0.5"),
         ("(sec-c)=\n## A section\n\nText", "## A section\n\nText"),

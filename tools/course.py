@@ -30,7 +30,8 @@ OPENING = """\
 *{kind} copy of chapter {chapter} of **Token Sample Complexity of Attention**. It is generated from the book; a new copy
 replaces this one, so keep your work under another name.*
 
-Run it with the book's environment: `README.md`, beside this file, says how. {rest}"""
+Run it with the book's environment: `README.md`, beside this file, says how. (`glue` keeps numbers for the text of the
+book's pages; here its calls do nothing.) {rest}"""
 REST = {
     "student": "The outputs shown are those you should get. Each exercise ends in a cell that raises "
     "`NotImplementedError`: put your work in its place, set `answer`, and let `check.exercise` tell you whether it is right.",

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import nbformat
 import yaml
 from pybtex.database import parse_file
+from pybtex.richtext import Text
 
 from tools import notebooks
 
@@ -39,7 +40,8 @@ def read_book(root: Path) -> Book:
         targets |= headings(path.read_text(encoding="utf-8"))
     sources = {}
     for key, entry in parse_file(root / "book" / "references.bib").entries.items():
-        names = [" ".join(person.last_names) for person in entry.persons["author"]]
+        people = [" ".join([*person.prelast_names, *person.last_names]) for person in entry.persons["author"]]
+        names = [str(Text.from_latex(name)) for name in people]
         authors = names[0] + (" et al." if len(names) > 2 else f" and {names[1]}" if len(names) == 2 else "")
         sources[key] = (authors, entry.fields["year"])
     return Book(targets, sources)
@@ -137,7 +139,10 @@ def role(name: str, text: str, book: Book, values: dict[str, str]) -> str:
         return "(" + "; ".join(f"{authors}, {year}" for authors, year in shown) + ")"
     if name in ("ref", "numref", "eq", "prf:ref"):
         said, _, label = text.rstrip(">").rpartition("<")
-        return said.strip() if said else book.targets[label]
+        target = book.targets[label]
+        if said and not target.startswith("Exercise "):  # "an exercise" would be a link to nowhere
+            return said.strip()
+        return f"“{target}”" if label.startswith("sec-") else target
     raise KeyError(f"no plain form for the role {name!r}")
 
 
