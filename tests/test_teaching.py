@@ -1,29 +1,25 @@
 """The teaching pages: complete, in step with the chapters, with snippets that compile and a map that is up to date."""
 
-import importlib.util
+import importlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tools import dependency_map
+
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {name: (ROOT / f"book/teaching/{name}.md").read_text(encoding="utf-8") for name in
-         ("plan", "notes", "misconceptions", "assignment", "projects")}
-CHAPTERS = {int(path.name[:2]): path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("chapters/[0-9]*.md"))}
+FILES = sorted(ROOT.glob("chapters/[0-9]*.md"))
+CHAPTERS = {int(path.name[:2]): path.read_text(encoding="utf-8") for path in FILES}
+NAMES = ("plan", "notes", "misconceptions", "assignment", "projects")
+PAGES = {name: (ROOT / f"book/teaching/{name}.md").read_text(encoding="utf-8") for name in NAMES}
 
-spec = importlib.util.spec_from_file_location("dependency_map", ROOT / "tools/dependency_map.py")
-dependency_map = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(dependency_map)
+sys.path.insert(0, str(ROOT / "book" / "_ext"))
+import exercise_table  # noqa: E402
 
-
-def exercises():
-    """label: (chapter, the words in brackets that open it)."""
-    found = {}
-    for chapter, text in CHAPTERS.items():
-        for label, opening in re.findall(r"```\{exercise-start\}.*?\n:label: (\S+)\n```\n\*\((.*?)\)\*", text, re.S):
-            found[label] = chapter, opening
-    return found
+EXERCISES = {e.label: e for path in FILES for e in exercise_table.exercises(path)}
 
 
 def rows(section: str) -> list[list[str]]:
@@ -71,12 +67,9 @@ def test_the_lecture_fills_ninety_minutes():
 
 
 def test_minutes_of_exercises_are_those_of_the_chapters():
-    known = exercises()
     quoted = minutes(PAGES["plan"])
     assert len(quoted) > 20
-    for label, number in quoted.items():
-        chapter, opening = known[label]
-        assert "objective" not in opening or f"{number} minutes" in opening, label
+    assert quoted == {label: EXERCISES[label].minutes for label in quoted}
 
 
 def test_times_are_those_of_the_chapters():
@@ -88,8 +81,7 @@ def test_times_are_those_of_the_chapters():
 
 
 def test_objectives_of_the_module():
-    """Each names objectives of chapters, and exercises that measure one of them where the exercise says which."""
-    known = exercises()
+    """Each names objectives of chapters, and exercises that measure one of them."""
     table = rows(PAGES["plan"].split("## What students will be able to do")[1].split("(teaching-prerequisites)")[0])
     assert 8 <= len(table) <= 10
     for row in table:
@@ -100,12 +92,7 @@ def test_objectives_of_the_module():
         shown = re.findall(r"`([\d.]+) <(ex-[\w-]+)>`", row[3])
         assert shown
         for number, label in shown:
-            chapter, opening = known[label]
-            place = [other for other, (c, _) in known.items() if c == chapter].index(label) + 1
-            assert number == f"{chapter}.{place}", label
-            stated = re.search(r"objective (\d)", opening)
-            assert f"{chapter}.{stated[1]}" in objectives if stated else any(
-                one.startswith(f"{chapter}.") for one in objectives), label
+            assert number == EXERCISES[label].number and EXERCISES[label].objective in objectives, label
 
 
 def test_reading_group_covers_every_chapter():

@@ -146,11 +146,16 @@ def role(name: str, text: str, book: Book, values: dict[str, str]) -> str:
     raise KeyError(f"no plain form for the role {name!r}")
 
 
+def tex_macros(root: Path) -> dict[str, str | list]:
+    """The TeX macros of the book, as MathJax takes them."""
+    config = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))
+    return config["sphinx"]["config"]["mathjax3_config"]["tex"]["macros"]
+
+
 def macros(root: Path) -> str:
     """The TeX macros of the book, as a formula that defines them for the cells after it."""
-    tex = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))["sphinx"]["config"]["mathjax3_config"]["tex"]
     defined = []
-    for name, meaning in tex["macros"].items():
+    for name, meaning in tex_macros(root).items():
         body, arguments = (meaning, 0) if isinstance(meaning, str) else meaning
         defined.append(f"\\newcommand{{\\{name}}}" + (f"[{arguments}]" if arguments else "") + f"{{{body}}}")
     return "$$\n" + "\n".join(defined) + "\n$$"

@@ -1,9 +1,9 @@
 """The lectures as slides: `make slides` writes them into `dist/course/slides`, with every script beside them.
 
 A lecture is a Markdown file in `book/teaching/slides`. A line `---` starts a slide, a line `Note:` what the speaker says
-(key S in the browser). A line `!figure 05_gaussian_horizon fig-horizon-slopes` shows a figure of a chapter, `!code 03_moment_rate gauss =`
-the cell whose code has these words, with its output, and a glued value has the number of its chapter before its name:
-{glue:text}`03/slope-2`. Theorems and numbers are thus those of the book.
+(key S in the browser). A line `!figure 05_gaussian_horizon fig-gaussian-horizon` shows that figure of a chapter, and a
+glued value has the number of its chapter before its name: {glue:text}`03/slope-2`. Pictures, theorems and numbers are
+thus those of the book.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 import shutil
 import sys
+from itertools import chain, repeat
 from pathlib import Path
 
 import nbformat
-import yaml
 from nbconvert import SlidesExporter
 from nbformat.v4 import new_code_cell, new_markdown_cell
 from traitlets.config import Config
 
 from tools import notebooks, plain
 from tools.notebooks import ROOT
+
+FIGURE = re.compile(r"^!figure (\S+) (\S+)$", re.M)
 
 
 def lecture(text: str, root: Path, book: plain.Book) -> nbformat.NotebookNode:
@@ -31,56 +34,43 @@ def lecture(text: str, root: Path, book: plain.Book) -> nbformat.NotebookNode:
     Raises
     ------
     ValueError
-        If a chapter has no such figure or cell.
+        If a chapter has no such figure.
     """
     stored = {path.stem: nbformat.read(path.with_suffix(".ipynb"), as_version=4) for path in notebooks.chapters(root, [])}
     values = {f"{stem[:2]}/{name}": value for stem, nb in stored.items() for name, value in plain.glued(nb).items()}
+
+    def written(words: str) -> list[nbformat.NotebookNode]:
+        return [new_markdown_cell(plain.translate(words, book, values))] if words.strip() else []
+
     cells = []
     for slide in text.split("\n---\n"):
         shown, _, note = slide.partition("\nNote:")
-        place, words = "slide", []
-        alone = len([line for line in shown.splitlines() if line.strip()]) == 2  # a title and a figure
-
-        def flush() -> None:
-            nonlocal place, words
-            if "\n".join(words).strip():
-                source = plain.translate("\n".join(words), book, values)
-                cells.append(new_markdown_cell(source, metadata={"slideshow": {"slide_type": place}}))
-                place = "-"
-            words = []
-
-        for line in shown.strip().splitlines():
-            if not line.startswith("!figure ") and not line.startswith("!code "):
-                words.append(line)
-                continue
-            flush()
-            kind, stem, wanted = line[1:].split(" ", 2)
-            cells.append(taken(stored, kind, stem, wanted, place))
-            cells[-1].metadata.tags += ["tall"] * alone
-            place = "-"
-        flush()
-        if note.strip():
-            source = plain.translate(note.strip(), book, values)
-            cells.append(new_markdown_cell(source, metadata={"slideshow": {"slide_type": "notes"}}))
+        words, *rest = FIGURE.split(shown)  # words, then chapter, figure, words for every figure
+        made = written(words)
+        for stem, name, after in zip(rest[::3], rest[1::3], rest[2::3]):
+            made += [figure(stored, stem, name), *written(after)]
+        if len(made) == 2 and len(words.strip().splitlines()) == 1:
+            made[1].metadata.tags = [*made[1].metadata.get("tags", []), "tall"]  # a title and a figure
+        for place, cell in zip(chain(["slide"], repeat("-")), made):
+            cell.metadata.slideshow = {"slide_type": place}
+        for cell in written(note):
+            cell.metadata.slideshow = {"slide_type": "notes"}
+            made.append(cell)
+        cells += made
     for number, cell in enumerate(cells):
         cell.id = f"cell-{number:03d}"
     return nbformat.v4.new_notebook(cells=cells)
 
 
-def taken(stored: dict, kind: str, stem: str, wanted: str, place: str) -> nbformat.NotebookNode:
-    """A cell of a chapter for a slide: its figure alone, or its code and what it prints."""
+def figure(stored: dict, stem: str, name: str) -> nbformat.NotebookNode:
+    """The figure of that name of a chapter, as a cell whose code is hidden."""
     if stem not in stored:
-        raise ValueError(f"!{kind}: expected a chapter, one of {', '.join(stored)}, got {stem}")
+        raise ValueError(f"!figure: expected a chapter, one of {', '.join(stored)}, got {stem}")
     for cell in notebooks.code_cells(stored[stem]):
-        name = cell.metadata.get("mystnb", {}).get("figure", {}).get("name")
-        if wanted == name if kind == "figure" else wanted in cell.source:
-            outputs = [o for o in cell.outputs if "scrapbook" not in o.get("metadata", {})]
-            if kind == "figure":
-                outputs = [o for o in outputs if "image/png" in o.get("data", {})]
-            made = new_code_cell(cell.source, outputs=outputs, metadata={"slideshow": {"slide_type": place}})
-            made.metadata.tags = ["hide"] if kind == "figure" else []
-            return made
-    raise ValueError(f"!{kind}: {stem} has no cell with {wanted!r}")
+        if cell.metadata.get("mystnb", {}).get("figure", {}).get("name") == name:
+            pictures = [o for o in cell.outputs if "image/png" in o.get("data", {})]
+            return new_code_cell(cell.source, outputs=pictures, metadata={"tags": ["hide"]})
+    raise ValueError(f"!figure: {stem} has no figure {name!r}")
 
 
 def title(text: str) -> str:
@@ -96,7 +86,6 @@ def write_slides(root: Path, out: Path) -> list[Path]:
     for part in ("dist", "plugin/notes"):
         shutil.copytree(reveal / part, out / "reveal" / part)
     shutil.copytree(site("sphinx-mathjax-offline") / "static" / "mathjax", out / "mathjax")
-    tex = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))["sphinx"]["config"]["mathjax3_config"]["tex"]
     config = Config()
     config.TemplateExporter.extra_template_basedirs = [str(Path(__file__).parent)]
     config.TagRemovePreprocessor.update({"enabled": True, "remove_input_tags": {"hide"}})
@@ -106,7 +95,7 @@ def write_slides(root: Path, out: Path) -> list[Path]:
         text = path.read_text(encoding="utf-8")
         notebook = lecture(text, root, book)
         notebook.metadata.title = title(text)
-        page, _ = exporter.from_notebook_node(notebook, resources={"macros": json.dumps(tex["macros"])})
+        page, _ = exporter.from_notebook_node(notebook, resources={"macros": json.dumps(plain.tex_macros(root))})
         pages.append(out / f"{path.stem}.html")
         pages[-1].write_text(page, encoding="utf-8")
     return pages

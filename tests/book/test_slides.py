@@ -51,6 +51,6 @@ def test_every_slide_fits_and_is_typeset(pages):
 
 def test_what_is_not_in_a_chapter_is_refused():
     book = slides.plain.Book({}, {})
-    for line, error in (("!figure 01_none fig-a", "expected a chapter"), ("!code 03_moment_rate no such cell", "has no cell")):
+    for line, error in (("!figure 01_none fig-a", "expected a chapter"), ("!figure 03_moment_rate fig-none", "has no figure")):
         with pytest.raises(ValueError, match=error):
             slides.lecture(f"# A title\n{line}\n", ROOT, book)
