@@ -47,6 +47,41 @@ def test_every_prefix_is_full_softmax_attention(problem):
         assert (output.double() - exact).abs().max().item() <= tolerance(q, k, v)
 
 
+LAYOUTS = {
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "every other column": lambda x: torch.stack([x, -x], -1).flatten(-2)[..., ::2],
+    "every other row": lambda x: torch.stack([x, -x], -2).flatten(-3, -2)[..., ::2, :],
+    "inside a larger one": lambda x: torch.nn.functional.pad(x, (1, 2, 3, 4), value=9.0)[..., 3:-4, 1:-2],
+    "one column expanded": lambda x: x[..., :1].expand(x.shape),
+    "one row expanded": lambda x: x[..., :1, :].expand(x.shape),
+    "rows that overlap": lambda x: x.flatten()[: x.shape[-2] + x.shape[-1] - 1].unfold(0, x.shape[-1], 1),
+    "backwards, from numpy": lambda x: np.ascontiguousarray(x.numpy()[::-1, ::-1])[::-1, ::-1],
+}
+
+
+@given(problem=problems(), which=st.lists(st.sampled_from([None, *LAYOUTS]), min_size=3, max_size=3))
+@settings(max_examples=150, deadline=None)
+def test_any_layout_in_memory_gives_the_same_numbers(problem, which):
+    *tensors, lengths = problem
+    laid = [x if name is None else LAYOUTS[name](x) for x, name in zip(tensors, which)]
+    plain = [as_tensor("x", x).clone(memory_format=torch.contiguous_format) for x in laid]
+    exact = reference_attention(*plain)
+    found = partial_attention(*laid)
+    logits = 1 + (plain[0].double() @ plain[1].double().mT).abs().max().item()
+    assert (found.output.double() - exact.output).abs().max().item() <= tolerance(*plain)
+    assert (found.lse.double() - exact.lse).abs().max().item() <= 32 * torch.finfo(plain[0].dtype).eps * logits
+    exact = reference_attention(plain[0], plain[1][: lengths[0]], plain[2][: lengths[0]]).output
+    assert (prefix_attention(*laid, lengths)[0].double() - exact).abs().max().item() <= tolerance(*plain)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype, size", [(torch.float32, 1e19), (torch.bfloat16, 1e30), (torch.float64, 1e160)])
+def test_logits_that_overflow_are_refused(dtype, size, sign):
+    q, k, v = torch.full((2, 4), size, dtype=dtype), torch.full((3, 4), sign * size, dtype=dtype), torch.ones(3, 4, dtype=dtype)
+    with pytest.raises(ValueError, match="q, k: expected logits"):
+        partial_attention(q, k, v)
+
+
 @given(problem=problems(), seed=SEEDS)
 @settings(max_examples=80, deadline=None)
 def test_merging_parts_in_any_order_is_attention_over_all(problem, seed):

@@ -68,7 +68,20 @@ def _check(q, k, v) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError(f"k: expected dimension {q.shape[-1]} as in q, got shape {tuple(k.shape)}")
     if v.shape[-2] != k.shape[-2]:
         raise ValueError(f"v: expected {k.shape[-2]} tokens as in k, got shape {tuple(v.shape)}")
+    _require_logits(q, k)
     return q, k, v
+
+
+def _require_logits(q: Tensor, k: Tensor) -> None:
+    """Raise ValueError if a logit q.k may overflow, in which case the kernels return NaN, or zeros."""
+    largest = [max(-low.item(), high.item()) for low, high in (q.aminmax(), k.aminmax())]
+    # Half precision is multiplied in float32.
+    most = torch.finfo(q.dtype if q.dtype == torch.float64 else torch.float32).max
+    if not largest[0] * largest[1] * q.shape[-1] < most:
+        raise ValueError(
+            f"q, k: expected logits q.k within {q.dtype}, got entries up to {largest[0]:.3g} in q and "
+            f"{largest[1]:.3g} in k; scale them, or use float64"
+        )
 
 
 def partial_attention(q: Tensor, k: Tensor, v: Tensor) -> Partial:
@@ -128,8 +141,15 @@ def _unfused(q: Tensor, k: Tensor, v: Tensor) -> Partial:
 
 
 def _four_axes(x: Tensor, width: int) -> Tensor:
+    """As the fused kernels take a tensor: (1, batch, rows, width), each row a run of neighbours in memory.
+
+    They are called below the public interface (which does not give the log-sum-exp), where nothing looks at strides:
+    of any other layout, such as a transposed or Fortran-ordered one, they read other numbers, without a word.
+    """
     x = pad(x, (0, width - x.shape[-1])) if width > x.shape[-1] else x
-    return x.reshape(1, -1, *x.shape[-2:])
+    x = x.reshape(1, -1, *x.shape[-2:])
+    apart = x.stride(-1) == 1 and x.stride(-2) >= x.shape[-1]  # neighbours, and rows that do not overlap
+    return x if apart else x.clone(memory_format=torch.contiguous_format)
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor) -> Partial:

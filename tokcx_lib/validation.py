@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,8 @@ def as_tensor(name: str, value, ndim: int | None = None) -> Tensor:
     Floating-point tensors and arrays keep their precision; everything else becomes float64.
     """
     array = hasattr(value, "dtype")
+    if isinstance(value, np.ndarray) and any(stride < 0 for stride in value.strides):
+        value = value.copy()  # PyTorch has no negative strides
     try:
         tensor = torch.as_tensor(value) if array else torch.as_tensor(value, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
