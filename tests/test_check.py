@@ -86,6 +86,23 @@ def test_known_mistakes_get_their_own_hint(number):
             assert not verdict and hint in verdict.message, (name, wrong)
 
 
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ([0.5766, 0.7533, 0.8155], True),  # steps of 0.05, as on the page
+        ([0.5628, 0.7528, 0.8076], True),  # steps of 0.002
+        ([0.58, 0.75, 0.82], True),
+        ([0.56, 0.75, 0.81], True),
+        ([0.6, 0.7, 0.8], False),
+        ([0.6, 0.75, 0.82], False),
+        ([0.58, 0.7, 0.82], False),
+        ([0.58, 0.75, 0.8], False),
+    ],
+)
+def test_ratios_of_the_flat_end_are_measured_not_guessed(answer, right):
+    assert bool(check.exercise("1.4", answer)) == right
+
+
 @pytest.mark.parametrize("number", CHECKS)
 def test_no_hint_gives_a_number_away(number):
     for _, part in parts(number):
