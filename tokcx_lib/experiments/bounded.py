@@ -38,9 +38,10 @@ def _described(limit: Limit) -> dict:
 def sphere_horizon(config: dict, device) -> Plan:
     """Errors of the moments of self-attention of tokens uniform on the unit sphere, d = 50, over scales of the logits.
 
-    The head is random (`random_head`); all scales see the same tokens. The grid of scales is that of Bohbot, Letrouit,
-    Peyré and Vialard (ICML 2026). Attention is in float32: at the largest scale logits are of the order of 10^4, known to
-    about 10^-3, which moves the moments by less than 10^-5 of their size.
+    The head is random (`random_head`); all scales see the same tokens. They span the range of the scales of Bohbot,
+    Letrouit, Peyré and Vialard (ICML 2026), who multiply both projections by the scale. Attention is in float32: at the
+    largest scale logits are of the order of 10^4, known to about 10^-3, which moves the moments by less than 10^-5 of
+    their size.
     """
     law = UniformSphere(config["dim"])
     A, V = random_head(law.dim, config["seed"])
