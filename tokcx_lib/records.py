@@ -7,6 +7,7 @@ edited by hand is refused. They live in ``book/records`` of the project, or in t
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import json
@@ -157,7 +158,7 @@ def save(name: str, table: pandas.DataFrame, meta: dict, path=None) -> Path:
     suffix = ".csv"
     if len(content) > MOST_BYTES:
         content, suffix = gzip.compress(content, mtime=0), ".csv.gz"
-    meta = {
+    described = {
         **provenance(),
         **meta,
         "format": FORMAT,
@@ -166,13 +167,14 @@ def save(name: str, table: pandas.DataFrame, meta: dict, path=None) -> Path:
         "rows": len(table),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
+    require("meta", described, REQUIRED, SCHEMA)
     try:
-        described = json.dumps(meta, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        text = json.dumps(described, indent=2, sort_keys=True, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise ValueError(f"meta: expected values that JSON can hold, got {error}") from error
     target = folder(path)
     target.mkdir(parents=True, exist_ok=True)
-    write_whole(target / (name + suffix), content, target / (name + ".json"), described.encode())
+    write_whole(target / (name + suffix), content, target / (name + ".json"), text.encode())
     for other in {".csv", ".csv.gz"} - {suffix}:
         (target / (name + other)).unlink(missing_ok=True)
     return target / (name + suffix)
@@ -208,7 +210,8 @@ def locked(folder: Path) -> Iterator[None]:
     """Keep a folder, made if need be, to one process: what writes into it over some time holds this meanwhile.
 
     The lock is the system's (flock), on a file ``.lock`` in the folder. It goes with the process, however that ends:
-    a file that a killed one left behind locks nothing. Under ``torchrun`` one rank takes it for all.
+    a file that a killed one left behind locks nothing. Under ``torchrun`` one rank takes it for all. On a file system
+    without such locks nothing is kept.
 
     Raises
     ------
@@ -223,6 +226,10 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.close()
             raise ValueError(f"out: {folder} is in use by another process; wait for it, or choose another folder") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                file.close()
+                raise
         if _is_at(file.fileno(), folder / ".lock"):
             break
         file.close()  # its last holder took the file away just after we opened it
@@ -309,9 +316,14 @@ def read_json(what: str, path: Path, required: tuple[str, ...], schema: dict) ->
         raise ValueError(f"{what} cannot be read ({error})") from error
     if not isinstance(found, dict):
         raise ValueError(f"{what}: expected a mapping, got {reprlib.repr(found)}")
+    require(what, found, required, schema)
+    return found
+
+
+def require(what: str, found: dict, required: tuple[str, ...], schema: dict) -> None:
+    """Raise ValueError unless a mapping has the `required` keys, and values as the `schema` says; it names the key."""
     if missing := [key for key in required if key not in found]:
         raise ValueError(f"{what} lacks {', '.join(missing)}")
     for key, (expected, fits) in schema.items():
         if key in found and not fits(found[key]):
             raise ValueError(f"{what}: {key}: expected {expected}, got {reprlib.repr(found[key])}")
-    return found
