@@ -193,12 +193,13 @@ def _from_hub(dataset: str, file: str) -> str:
     import pandas
     from huggingface_hub import hf_hub_download
 
+    online = runtime.hub_answers()
     try:
-        path = hf_hub_download(dataset, file, repo_type="dataset", local_files_only=not runtime.hub_answers())
+        path = hf_hub_download(dataset, file, repo_type="dataset", local_files_only=not online)
     except Exception as error:  # the client raises many kinds, from its own and from the network's libraries
         raise ValueError(
             f"corpus: expected {file} in the folder TOKCX_DATA or on the Hugging Face hub in {dataset}; "
-            f"neither could be read ({type(error).__name__})"
+            f"neither could be read ({type(error).__name__ if online else 'the hub does not answer'})"
         ) from error
     return "".join(row or " \n" for row in pandas.read_parquet(path)["text"])
 

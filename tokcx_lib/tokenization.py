@@ -23,7 +23,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 PIECE = 2**20  # characters of a text that are tokenised at once
 LONGEST = 10_000_000  # characters that may hang together: a bound for the memory
 # Characters between the beginnings of two windows, and of what they share. A run that repeats itself may be cut in
-# several ways, and which way then depends on where a window ends; with a prime step no two windows agree by chance.
+# several ways, and which way then depends on where a window ends: with a prime step, windows do not agree by chance.
 STEP, SHARED = 65_537, 8_192
 AHEAD = 8  # windows tokenised at once
 
