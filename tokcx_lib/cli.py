@@ -6,6 +6,7 @@ Bad input ends with one line on standard error and exit code 2.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import sys
 from pathlib import Path
@@ -97,10 +98,11 @@ def _probe(options: argparse.Namespace) -> None:
 
     corpus = open_corpus(options.text)
     model = load_model(options.model, options.device)
-    ids = first_ids(model, corpus.text, options.tokens)
+    ids = first_ids(model, corpus.pieces(), options.tokens)
     chosen = {name: getattr(options, name) for name in ("tokens", "queries", "seed", "context")}
-    meta = {**chosen, "text": corpus.name, "text_sha256": corpus.sha256}
-    del corpus  # a text may be larger than all that the probe keeps
+    # A file may be longer than what is read of it; the checksum of the ids stands for what was.
+    meta = {**chosen, "text": corpus.name, "text_sha256": corpus.known_sha256}
+    meta["tokens_sha256"] = hashlib.sha256(ids.tobytes()).hexdigest()
     checkpoint = options.out / ".probe" if options.out else None
     try:
         table = probe(model, ids, options.layers, checkpoint=checkpoint, **chosen)

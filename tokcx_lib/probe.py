@@ -17,7 +17,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -29,34 +29,36 @@ from tqdm import tqdm
 
 import tokcx_lib
 from tokcx_lib import finite_n, geometry, rates, records, runtime
-from tokcx_lib.heads import Head, TextModel, heads, layer_streams, tokenize
+from tokcx_lib.heads import Head, TextModel, heads, layer_streams
 from tokcx_lib.streaming import partial_attention
+from tokcx_lib.tokenization import read_ids
 from tokcx_lib.validation import as_count
 
 CONTEXT = 256  # tokens the model sees at once, its special tokens included
 CHECKPOINT_SECONDS = 20.0  # of work between two checkpoints, or more where writing one takes long
 DISTANCES = (64, 1024)  # between query and key, at which heads with rotary positions are described as well
-_CHARACTERS = 2**20  # of a text tokenised at once
 _CHECKPOINT_FILES = ("plan.json", "state.npz")
 
 
-def first_ids(model: TextModel, text: str, tokens: int | None = None) -> np.ndarray:
-    """Ids (n,) of the first `tokens` tokens of a text, or of all, int64; no more of it is tokenised than that takes.
+def first_ids(model: TextModel, text: str | Iterable[str], tokens: int | None = None) -> np.ndarray:
+    """Ids (n,) of the first `tokens` tokens of a text, or of all, int64; no more of it is read than that takes.
+
+    Parameters
+    ----------
+    model : whose tokenizer is used; text : a string, or an iterable of the pieces of one.
 
     Raises
     ------
     ValueError
-        If the text is shorter than the tokens asked for.
+        If the text is shorter than the tokens asked for, or the tokenizer cannot read it (`tokenization.read_ids`).
     """
-    if tokens is None or not isinstance(text, str):
-        return tokenize(model, text)
-    parts, count, start = [], 0, 0
-    while count < tokens and start < len(text):
-        # A tokenizer reads a text line by line: pieces that end with a line give the ids of the whole.
-        stop = text.find("\n", start + _CHARACTERS) + 1 or len(text)
-        parts.append(tokenize(model, text[start:stop]))
-        count, start = count + len(parts[-1]), stop
-    _require_tokens(count, tokens)
+    parts, count = [np.empty(0, dtype=np.int64)], 0
+    for ids in read_ids(model.tokenizer, text):
+        parts.append(ids)
+        count += len(ids)
+        if tokens is not None and count >= tokens:
+            break
+    _require_tokens(count, tokens or 0)
     return np.concatenate(parts)[:tokens]
 
 
