@@ -530,6 +530,13 @@ def test_the_wish_to_stop_passes(wish):
         raise wish
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "a\nb", "", None, 7, "/no/such/folder", "a b", __file__])
+def test_what_is_no_model_is_refused_in_one_line(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="^model: expected [^\n]*, got [^\n]*$"):
+        heads.load_model(name)
+
+
 def test_attention_without_a_scale_is_refused():
     model = small("gpt2")
     for module in architectures.attention_modules(model):

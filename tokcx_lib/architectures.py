@@ -211,8 +211,16 @@ def special_tokens(config, tokenizer) -> tuple[list[int], list[int]]:
 
     A window of a BERT-like model is [CLS] text [SEP]. One of a decoder starts with the token of the beginning where
     its tokenizer puts that in front of a text (Llama, Mistral), and has no special token elsewhere (GPT-2, Qwen2).
+
+    Raises
+    ------
+    ValueError
+        If the tokenizer of a BERT-like model does not have them.
     """
     if not architecture(config).causal:
-        return [tokenizer.cls_token_id], [tokenizer.sep_token_id]
+        first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
+        if first is None or last is None:
+            raise ValueError(f"model: expected a tokenizer with special tokens [CLS] and [SEP], got ids {first} and {last}")
+        return [first], [last]
     begins = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     return [tokenizer.bos_token_id] if begins else [], []

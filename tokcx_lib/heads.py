@@ -35,8 +35,7 @@ EMBEDDED_SHA256 = {
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
 }
-
-
+NAMES = f"{EMBEDDED!r}, a folder or a name on the Hugging Face hub"
 MOST_UNKNOWN = 0.1  # of a text's tokens: beyond it the numbers describe the one token that stands for all the rest
 
 
@@ -157,12 +156,11 @@ def load_model(name_or_path: str = EMBEDDED, device=None) -> TextModel:
         tokenizer, a checksum does not match, or it is of an architecture that is not supported.
     """
     target = runtime.device(device)
-    path = _embedded_folder() if name_or_path == EMBEDDED else Path(name_or_path)
-    files = loading.weight_files(path) if path.is_dir() else None
-    source = str(path if files else name_or_path)
-    options = {"trust_remote_code": False, "local_files_only": files is not None or not runtime.hub_answers()}
-    known = f"one of {', '.join(SUPPORTED)} in a readable config.json"
-    with loading.reading(known if files else f"{EMBEDDED!r}, a folder or a name on the Hugging Face hub", source):
+    folder = _folder(name_or_path)
+    files = None if folder is None else loading.weight_files(folder)
+    source = str(folder or name_or_path)
+    options = {"trust_remote_code": False, "local_files_only": folder is not None or not runtime.hub_answers()}
+    with loading.reading(f"one of {', '.join(SUPPORTED)} in a readable config.json" if folder else NAMES, source):
         from transformers import AutoConfig, AutoModel, AutoTokenizer
 
         config = AutoConfig.from_pretrained(source, **options)
@@ -188,6 +186,14 @@ def load_model(name_or_path: str = EMBEDDED, device=None) -> TextModel:
         states = model(torch.tensor([[*before, 0, *after]], device=target)).last_hidden_state
         require_finite("output", states)
     return loaded
+
+
+def _folder(name_or_path) -> Path | None:
+    """The folder that a name stands for; None if it can only be one on the hub."""
+    if name_or_path == EMBEDDED:
+        return _embedded_folder()
+    with loading.reading(NAMES, name_or_path):
+        return path if (path := Path(name_or_path)).is_dir() else None
 
 
 def _embedded_folder() -> Path:

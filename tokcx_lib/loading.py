@@ -83,7 +83,9 @@ def weight_files(folder: Path) -> list[Path]:
         If a needed file is missing or no regular file (a pipe would be waited for without end), or the index cannot be
         read or names anything but safetensors files in this folder.
     """
-    for path in folder.iterdir():
+    with reading("a folder that can be read", folder):
+        found = list(folder.iterdir())
+    for path in found:
         folder_of_its_own = path.is_dir() and path.suffix not in (".json", ".safetensors")
         if path.exists() and not path.is_file() and not folder_of_its_own:
             raise refusal("files", folder, f"{path.name} is no regular file")
@@ -151,12 +153,12 @@ def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def require_tokenizer(tokenizer, words: int, special: list[int | None], name) -> None:
-    """Refuse a tokenizer of no words, as transformers makes up where it finds no file, or without special tokens.
+def require_tokenizer(tokenizer, words: int, special: list[int], name) -> None:
+    """Refuse a tokenizer of no words, as transformers makes up where it finds no file, or of another model.
 
-    `words` is the length of the model's table of embeddings, `special` what surrounds a window of text.
+    `words` is the length of the model's table of embeddings, `special` the ids that surround a window of text.
     """
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         raise refusal("a tokenizer with a vocabulary", name, f"it has {len(tokenizer)} special tokens and no other")
-    if any(i is None or not 0 <= i < words for i in special):
+    if not all(0 <= i < words for i in special):
         raise refusal(f"special tokens with ids 0 to {words - 1} around a text", name, f"they are {special}")
