@@ -1,5 +1,6 @@
 """Runs in units: killed, resumed, extended, shared out and verified, the table is that of one uninterrupted run."""
 
+import fcntl
 import json
 import os
 import random
@@ -169,6 +170,51 @@ def test_killed_ten_times_and_resumed_the_table_is_the_same_byte_for_byte(tmp_pa
     assert child(tmp_path / "killed", 0.4).wait() == 0
     assert table_of(tmp_path / "killed" / "small.csv") == whole
     assert not list((tmp_path / "killed").rglob("*.tmp"))
+
+
+def test_a_folder_is_kept_to_one_process_and_free_once_that_is_killed(tmp_path):
+    code = "import sys, time; from pathlib import Path; from tokcx_lib import records\n"
+    code += "with records.locked(Path(sys.argv[1])): print('mine', flush=True); time.sleep(300)"
+    parts, environment = tmp_path / "small.parts", {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", code, parts], env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"mine\n"
+        with pytest.raises(ValueError, match="^out: .*small.parts is in use by another process"):
+            runs.run("small", SMALL, "quick", path=tmp_path)
+        runs.run("other", SMALL, "quick", path=tmp_path)  # another record in the same folder
+        process.send_signal(signal.SIGKILL)
+    assert (parts / ".lock").exists()
+    runs.run("small", SMALL, "quick", path=tmp_path)
+    assert not (parts / ".lock").exists()
+
+
+def test_a_lock_whose_file_was_taken_away_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    """The holder ends between our opening of its file and our lock on it: that file is nobody's any more."""
+    real, calls = fcntl.flock, []
+
+    def flock(file, how):
+        if not calls:
+            (tmp_path / ".lock").unlink()
+        calls.append(how)
+        return real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with records.locked(tmp_path):
+        assert len(calls) == 2 and (tmp_path / ".lock").exists()
+        with pytest.raises(ValueError, match="in use"), records.locked(tmp_path):
+            pass
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_in_one_folder_make_the_record_of_one(tmp_path):
+    """One works; the other is refused by name or, if it starts late, finds everything done."""
+    whole = table_of(runs.run("small", SMALL._replace(full={**SMALL.full, "pause": 0.4}), path=tmp_path / "whole"))
+    pair = [child(tmp_path / "shared", 0.4, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in pair:
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 0 or "small.parts is in use by another process" in said, said
+    assert 0 in [process.returncode for process in pair]
+    assert table_of(tmp_path / "shared" / "small.csv") == whole
+    records.verify("small", tmp_path / "shared")
 
 
 @pytest.mark.slow

@@ -15,6 +15,8 @@ import platform
 import re
 import subprocess
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from io import BytesIO
 from pathlib import Path
@@ -25,6 +27,11 @@ import pandas
 import torch
 
 import tokcx_lib
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two runs apart there
+    fcntl = None
 
 MOST_BYTES = 1_500_000  # larger tables are compressed
 FORMAT = 1
@@ -157,6 +164,45 @@ def write_whole(*paths_and_contents: Path | bytes) -> None:
     finally:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a folder, made if need be, to one process: what writes into it over some time holds this meanwhile.
+
+    The lock is the system's (flock), on a file ``.lock`` in the folder. It goes with the process, however that ends:
+    a file that a killed one left behind locks nothing. Under ``torchrun`` one rank takes it for all.
+
+    Raises
+    ------
+    ValueError
+        If another process has it; the message names the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    while fcntl:
+        file = (folder / ".lock").open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ValueError(f"out: {folder} is in use by another process; wait for it, or choose another folder") from None
+        if _is_at(file.fileno(), folder / ".lock"):
+            break
+        file.close()  # its last holder took the file away just after we opened it
+    try:
+        yield
+    finally:
+        if fcntl:
+            (folder / ".lock").unlink(missing_ok=True)  # before the lock goes: else another's file might go
+            file.close()
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Is the open file the one that lies at the path now?"""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def load(name: str, path=None) -> Record:

@@ -13,9 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -115,8 +115,8 @@ def run(
     Raises
     ------
     ValueError
-        If the configuration is not that of the run to resume, a checkpoint was damaged, or there are units of an
-        unfinished run and `resume` is false.
+        If the configuration is not that of the run to resume, a checkpoint was damaged, there are units of an
+        unfinished run and `resume` is false, or another run of this record is under way in the same folder.
     OSError
         If a file cannot be written. What was finished before is kept.
     """
@@ -125,6 +125,12 @@ def run(
         place = torch.device("cuda", distributed.local_rank())
     config = experiment.config(profile, replicates)
     folder = Path(records.folder(path)) / f"{name}.parts"
+    # The ranks of one run share the folder; nobody else does.
+    with records.locked(folder) if distributed.rank() == 0 else nullcontext():
+        return _run(name, experiment, place, config, resume, folder, path)
+
+
+def _run(name: str, experiment: Experiment, place: torch.device, config: dict, resume: bool, folder: Path, path) -> Path | None:
     made = {**records.provenance(place), "ranks": distributed.world()}
     if distributed.rank() == 0:
         _open(name, folder, config, made, resume)
@@ -160,8 +166,9 @@ def _open(name: str, folder: Path, config: dict, made: dict, resume: bool) -> No
             _write_state(state, config, sessions, finished=False)
             return
     # Units without a description are left over from a deletion that was cut short.
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    for old in folder.iterdir():
+        if old.name != ".lock":
+            old.unlink()
     _write_state(state, config, [made], finished=False)
 
 
