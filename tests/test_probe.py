@@ -206,7 +206,7 @@ def test_the_command_line(tmp_path, capsys, text):
     assert cli.main(["probe", "--text", str(file), "--layer", "0", "--tokens", "3000", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "horizon" in printed and "report.html" in printed
-    written = {"heads.csv", "report.html", "horizon.png", "load.png", "effective.png", "phases.png"}
+    written = {"heads.csv", "report.html", "probe.json", "horizon.png", "load.png", "effective.png", "phases.png"}
     assert {path.name for path in out.iterdir()} == written
     table = pd.read_csv(out / "heads.csv")
     assert len(table) == 12 and table["horizon"].idxmax() == 2
@@ -244,7 +244,7 @@ def test_a_head_that_looks_at_nothing_is_drawn(table, tmp_path):
     nothing.loc[0, ["horizon", "coupling", "load_median", "load_05", "load_25"]] = 0.0
     meta = {"tokens": TOKENS, "queries": QUERIES, "seed": 0, "context": 256, "model": "m", "model_sha256": None}
     meta |= {"text": "t", "text_sha256": "0" * 64, **records.provenance()}
-    assert len(report.write(nothing, meta, tmp_path)) == 6
+    assert len(report.write(nothing, meta, tmp_path)) == 7
 
 
 @pytest.mark.slow

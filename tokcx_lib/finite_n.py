@@ -124,7 +124,7 @@ def sample_complexity(load: float, error: float) -> float:
     load, error = as_positive("load", load), as_positive("error", error)
 
     def excess(log_n: float) -> float:
-        return float(np.log(relative_error(math.exp(log_n), load) / error))
+        return float(np.log(relative_error(math.exp(log_n), load))) - math.log(error)
 
     last = math.log(MOST_TOKENS) - 1e-9
     if excess(0.0) <= 0:
