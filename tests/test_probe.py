@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import random
 import re
 import signal
 import subprocess
@@ -262,3 +263,44 @@ def test_a_command_killed_by_the_system_goes_on(tmp_path):
     assert cli.main([*arguments, str(killed)]) == 0 and cli.main([*arguments, str(whole)]) == 0
     assert (killed / "heads.csv").read_bytes() == (whole / "heads.csv").read_bytes()
     assert not (killed / ".probe").exists()
+
+
+ONE = ["probe", "--layers", "0", "--tokens", "20000", "--queries", "64", "--text"]
+
+
+def child(file, out):
+    code = "import sys; from tokcx_lib import cli, probe; probe.CHECKPOINT_SECONDS = 0; sys.exit(cli.main(sys.argv[1:]))"
+    environment = {**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-c", code, *ONE, str(file), "--out", str(out)]
+    return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_killed_ten_times_at_random_moments_the_table_is_the_same_byte_for_byte(tmp_path):
+    file, killed, whole = tmp_path / "text.txt", tmp_path / "killed", tmp_path / "whole"
+    file.write_text(corpora.open_corpus("scipy-docs").text[:200_000])
+    start = time.monotonic()
+    assert child(file, whole).wait() == 0
+    lasts, rng, kills = time.monotonic() - start, random.Random(6), 0
+    while kills < 10:
+        process = child(file, killed)
+        time.sleep(rng.uniform(0, 0.9 * lasts))  # while it loads its model, reads, or writes what it found
+        if process.poll() is None:
+            kills += 1
+        process.kill()
+        process.wait()
+    assert child(file, killed).wait() == 0
+    assert (killed / "heads.csv").read_bytes() == (whole / "heads.csv").read_bytes()
+    assert {path.name for path in killed.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+@pytest.mark.slow
+def test_of_two_probes_at_once_in_a_folder_one_is_refused(tmp_path):
+    file, shared, alone = tmp_path / "text.txt", tmp_path / "shared", tmp_path / "alone"
+    file.write_text(corpora.open_corpus("scipy-docs").text[:200_000])
+    both = [child(file, shared) for _ in range(2)]
+    ends = [(process.communicate()[1], process.returncode) for process in both]
+    refused, done = sorted(ends, key=lambda one: -one[1])
+    assert (refused[1], done[1]) == (2, 0) and "is in use by another process" in refused[0]
+    assert child(file, alone).wait() == 0
+    assert (shared / "heads.csv").read_bytes() == (alone / "heads.csv").read_bytes()

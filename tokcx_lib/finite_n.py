@@ -84,7 +84,7 @@ def relative_error(n, load) -> np.ndarray:
 
     Returns
     -------
-    Array of the broadcast shape, to about 1e-10 of its numbers
+    Array of the broadcast shape, to about 1e-12 of its numbers
 
     Raises
     ------

@@ -60,7 +60,10 @@ def second_moment_bias(n: float, B, V=None) -> Tensor:
         return V @ V.mT / as_positive("n", n)
     load, weight, shares = load_law(beta, float(n))
     if load[-1] > MOST_TILT:
-        raise ValueError(f"B: expected queries of load up to {MOST_TILT:g}, got ||B|| = {beta[0]:.4g}, load {load[-1]:.4g}")
+        raise ValueError(
+            f"B: expected a horizon at which queries have loads up to {MOST_TILT:g}, got horizon {beta[0]:.4g} and, with "
+            f"{n:g} tokens, load {load[-1]:.4g}"
+        )
     spread = softmax_moments(n, load).participation
     # M_2 - s^2 = E(Gamma_n - s)^2 - 2 s^2 P, since E Gamma_n = s (1 - P): no digits lost.
     along = map_error(n, load) - 2 * load**2 * spread

@@ -100,7 +100,7 @@ def softmax_moments(n, t, law: Law | None = None) -> SoftmaxMoments:
 def map_error(n, t, law: Law | None = None) -> np.ndarray:
     """Mean square error E(Gamma_n - K'(t))^2 of attention at one query: variance and squared bias together.
 
-    Parameters and errors as for `softmax_moments`; accurate to about 1e-10 of itself, however small.
+    Parameters and errors as for `softmax_moments`; accurate to about 1e-12 of itself, however small.
 
     Source: chapter 9.
     """
