@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import random
 import re
 import signal
 import subprocess
@@ -207,7 +208,7 @@ def test_the_command_line(tmp_path, capsys, text):
     assert cli.main(["probe", "--text", str(file), "--layer", "0", "--tokens", "3000", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "horizon" in printed and "report.html" in printed
-    written = {"heads.csv", "report.html", "horizon.png", "load.png", "effective.png", "phases.png"}
+    written = {"heads.csv", "report.html", "probe.json", "horizon.png", "load.png", "effective.png", "phases.png"}
     assert {path.name for path in out.iterdir()} == written
     table = pd.read_csv(out / "heads.csv")
     assert len(table) == 12 and table["horizon"].idxmax() == 2
@@ -245,7 +246,7 @@ def test_a_head_that_looks_at_nothing_is_drawn(table, tmp_path):
     nothing.loc[0, ["horizon", "coupling", "load_median", "load_05", "load_25"]] = 0.0
     meta = {"tokens": TOKENS, "queries": QUERIES, "seed": 0, "context": 256, "model": "m", "model_sha256": None}
     meta |= {"text": "t", "text_sha256": "0" * 64, **records.provenance()}
-    assert len(report.write(nothing, meta, tmp_path)) == 6
+    assert len(report.write(nothing, meta, tmp_path)) == 7
 
 
 @pytest.mark.slow
@@ -263,3 +264,44 @@ def test_a_command_killed_by_the_system_goes_on(tmp_path):
     assert cli.main([*arguments, str(killed)]) == 0 and cli.main([*arguments, str(whole)]) == 0
     assert (killed / "heads.csv").read_bytes() == (whole / "heads.csv").read_bytes()
     assert not (killed / ".probe").exists()
+
+
+ONE = ["probe", "--layers", "0", "--tokens", "20000", "--queries", "64", "--text"]
+
+
+def child(file, out):
+    code = "import sys; from tokcx_lib import cli, probe; probe.CHECKPOINT_SECONDS = 0; sys.exit(cli.main(sys.argv[1:]))"
+    environment = {**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-c", code, *ONE, str(file), "--out", str(out)]
+    return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_killed_ten_times_at_random_moments_the_table_is_the_same_byte_for_byte(tmp_path):
+    file, killed, whole = tmp_path / "text.txt", tmp_path / "killed", tmp_path / "whole"
+    file.write_text(corpora.open_corpus("scipy-docs").text[:200_000])
+    start = time.monotonic()
+    assert child(file, whole).wait() == 0
+    lasts, rng, kills = time.monotonic() - start, random.Random(6), 0
+    while kills < 10:
+        process = child(file, killed)
+        time.sleep(rng.uniform(0, 0.9 * lasts))  # while it loads its model, reads, or writes what it found
+        if process.poll() is None:
+            kills += 1
+        process.kill()
+        process.wait()
+    assert child(file, killed).wait() == 0
+    assert (killed / "heads.csv").read_bytes() == (whole / "heads.csv").read_bytes()
+    assert {path.name for path in killed.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+@pytest.mark.slow
+def test_of_two_probes_at_once_in_a_folder_one_is_refused(tmp_path):
+    file, shared, alone = tmp_path / "text.txt", tmp_path / "shared", tmp_path / "alone"
+    file.write_text(corpora.open_corpus("scipy-docs").text[:200_000])
+    both = [child(file, shared) for _ in range(2)]
+    ends = [(process.communicate()[1], process.returncode) for process in both]
+    refused, done = sorted(ends, key=lambda one: -one[1])
+    assert (refused[1], done[1]) == (2, 0) and "is in use by another process" in refused[0]
+    assert child(file, alone).wait() == 0
+    assert (shared / "heads.csv").read_bytes() == (alone / "heads.csv").read_bytes()

@@ -155,6 +155,72 @@ def test_map_error_keeps_its_digits():
     assert map_error(n, t) == pytest.approx(found.second_moment - 2 * t * found.mean + t**2, rel=1e-9)
 
 
+def error_by_mpmath(n, t, digits=100):
+    """E(Gamma_n - t)^2 from its definition, with so many digits that what cancels may cancel."""
+    with mpmath.workdps(digits):
+        n, step, fine = mpmath.mpf(n), mpmath.mpf(1) / 4, mpmath.mpf(1) / 4 / t
+        # log l about -log S, and tokens whose weight matters there; on one grid of x + t y.
+        start = int((-mpmath.log(n) - t**2 / 2 - 28) / step)
+        tokens = range(int((t - 16) / fine), int((2 * t + 8) / fine))
+        powers = {i: mpmath.exp(i * step) for i in range(start + tokens[0], start + 140 + tokens[-1] + 1)}
+        decays = {i: mpmath.exp(-power) for i, power in powers.items()}
+        density = [fine * mpmath.npdf(j * fine) for j in tokens]
+        total = mpmath.mpf(0)
+        for i in range(start, start + 140):
+            weights = [powers[i + j] * f for j, f in zip(tokens, density)]
+            off = [j * fine - t for j in tokens]
+            pair = sum(w * y * decays[i + j] for w, y, j in zip(weights, off, tokens))
+            single = sum(w * powers[i + j] * y**2 * decays[i + j] for w, y, j in zip(weights, off, tokens))
+            phi = 1 - sum(f * (1 - decays[i + j]) for f, j in zip(density, tokens))
+            total += step * (n * single * phi ** (n - 1) + n * (n - 1) * pair**2 * phi ** (n - 2))
+        return float(total)
+
+
+# t, log n and `error_by_mpmath`, which the test below runs again at the first of them.
+FAR = [
+    (6.0, 72.0, 8.524780459280075e-15),
+    (6.0, 50.0, 3.838550452713353e-06),
+    (9.0, 162.0, 5.444440332033596e-34),
+    (10.0, 200.0, 3.7572711745730856e-42),
+    (12.0, 288.0, 4.197228430343132e-61),
+]
+
+
+@pytest.mark.parametrize("t, log_n, value", FAR)
+def test_map_error_far_below_rounding(t, log_n, value):
+    assert map_error(math.exp(log_n), t) == pytest.approx(value, rel=1e-10)
+
+
+@pytest.mark.slow
+def test_map_error_against_its_definition_in_a_hundred_digits():
+    t, log_n, value = FAR[0]
+    assert error_by_mpmath(math.exp(log_n), t, 60) == pytest.approx(value, rel=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(3, 12), st.floats(2, 4))
+def test_map_error_reaches_its_central_limit_and_falls(t, exponent):
+    """(1 + t^2) e^{t^2} / n, from e^{2 t^2} tokens on; at load 3 the limit is still 30% away there, beyond 6 it is not 1%."""
+    n = math.exp(min(exponent * t**2 + 6, 575))
+    limit = (1 + t**2) * math.exp(t**2) / n
+    assert map_error(n, t) == pytest.approx(limit, rel=0.01)
+    sizes = np.exp(np.linspace(0, math.log(n), 30))
+    assert (np.diff(map_error(sizes, t)) < 0).all()
+
+
+@pytest.mark.parametrize("law", LAWS[2:], ids=name)
+def test_map_error_falls_like_one_over_n_for_bounded_tokens_too(law):
+    errors = [n * map_error(n, 1.5, law) for n in (1e15, 1e40, 1e200)]
+    assert errors[1:] == pytest.approx(errors[:1] * 2, rel=1e-9)
+
+
+def test_correlations_in_pieces_are_those_at_once():
+    rng = np.random.default_rng(0)
+    values, kernel = rng.normal(size=30_000), rng.normal(size=9_000)
+    assert softmax_law._correlate(values, kernel) == pytest.approx(np.correlate(values, kernel), rel=1e-9, abs=1e-9)
+    assert softmax_law._correlate(values, kernel[:5]) == pytest.approx(np.correlate(values, kernel[:5]), rel=1e-12)
+
+
 @pytest.mark.parametrize("n, t", [(2, 0.8), (5, 2.0), (300, 3.0)])
 def test_own_token_averages_to_all_tokens(n, t):
     """Averaged over its own projection, an own token is a token like the others."""

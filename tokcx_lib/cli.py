@@ -6,13 +6,18 @@ Bad input ends with one line on standard error and exit code 2.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
+import re
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import tokcx_lib
 from tokcx_lib import runtime
+
+MOST_OVERRUN = 3  # times the seconds that `verify` is given, before it leaves a long unit alone
+TINY, HUGE = 1e-100, 1e100  # of loads and horizons: their squares are numbers
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,8 +34,15 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """One whose complaints are one line."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"tokcx: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tokcx", description="Token sample complexity of attention.")
+    parser = _Parser(prog="tokcx", description="Token sample complexity of attention.")
     parser.add_argument("--version", action="version", version=f"tokcx {tokcx_lib.__version__}")
     actions = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -38,26 +50,29 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--model", default="minilm", help="minilm (packaged), a folder or a hub name (default: minilm)")
     probe.add_argument("--text", required=True, help="a file, or a known corpus such as wikitext2-test")
     probe.add_argument("--layers", "--layer", type=_layers, help="for example 0,3-5 (default: all)")
-    probe.add_argument("--tokens", type=int, default=100_000, help="tokens of the text to use (default: 100000)")
-    probe.add_argument("--queries", type=int, default=1024, help="queries drawn to stand for all (default: 1024)")
-    probe.add_argument("--seed", type=int, default=0)
+    count = "tokens of the text to use, such as 5000 or 1e6 (default: 100000)"
+    probe.add_argument("--tokens", type=_count(2), default=100_000, help=count)
+    probe.add_argument("--queries", type=_count(1), default=1024, help="queries drawn to stand for all (default: 1024)")
+    probe.add_argument("--seed", type=_count(0, 2**63 - 2), default=0)
     probe.add_argument("--device", help="cpu, cuda, cuda:1 … (default: TOKCX_DEVICE or cpu)")
-    probe.add_argument("--context", type=int, default=256, help="tokens the model sees at once (default: 256)")
+    seen = "tokens the model sees at once (default: 256, or as many as it can)"
+    probe.add_argument("--context", type=_count(1), help=seen)
     probe.add_argument("--out", type=Path, help="folder for heads.csv, report.html, figures; a stopped probe resumes there")
+    probe.add_argument("--force", action="store_true", help="replace what another probe left in that folder")
     probe.set_defaults(action=_probe)
 
     predict = actions.add_parser("predict", help="what the exact law says of a load, or of a horizon")
-    predict.add_argument("--load", type=float, help="standard deviation of a query's logits")
-    predict.add_argument("--error", type=float, help="with --load: the relative error to reach")
-    predict.add_argument("--horizon", type=float, help="attention horizon H of a head with scalar Gaussian tokens")
-    predict.add_argument("--tokens", type=float, help="number of tokens n, such as 1e6")
+    predict.add_argument("--load", type=_number, help="standard deviation of a query's logits")
+    predict.add_argument("--error", type=_number, help="with --load: the relative error to reach")
+    predict.add_argument("--horizon", type=_number, help="attention horizon H of a head with scalar Gaussian tokens")
+    predict.add_argument("--tokens", type=_number, help="number of tokens n, such as 1e6")
     predict.set_defaults(action=_predict)
 
     run = actions.add_parser("run", help="run a named experiment and keep its record")
     run.add_argument("name", help="the experiment")
     run.add_argument("--profile", choices=runtime.PROFILES, help="quick or full (default: TOKCX_PROFILE or quick)")
     run.add_argument("--device", help="cpu, cuda, cuda:1 …")
-    run.add_argument("--replicates", type=int, help="how many (default: those of the profile)")
+    run.add_argument("--replicates", type=_count(1, 10**6), help="how many (default: those of the profile)")
     run.add_argument("--resume", action="store_true", help="go on from the units that an earlier run left")
     run.add_argument("--out", type=Path, help="folder of the record (default: the book's for full, quick-records for quick)")
     run.set_defaults(action=_run)
@@ -65,7 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     verify = actions.add_parser("verify", help="check a record: its checksum, its schema, and some units run again")
     verify.add_argument("name", help="the record")
     verify.add_argument("--device", help="cpu, cuda, cuda:1 …")
-    verify.add_argument("--seconds", type=float, default=60.0, help="time for units, roughly; 0: checksum only (default: 60)")
+    spent = "time for units, kept to roughly; 0: checksum only (default: 60, and at least one unit)"
+    verify.add_argument("--seconds", type=_number, help=spent)
     verify.add_argument("--out", type=Path, help="folder of the record (default: the book's)")
     verify.set_defaults(action=_verify)
 
@@ -79,31 +95,82 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _got(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:40] + "…")
+
+
+def _number(text: str) -> float:
+    """A number in ASCII, finite or not."""
+    try:
+        if text.isascii():
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a number, got {_got(text)}")
+
+
+def _count(least: int, most: int = 10**15) -> Callable[[str], int]:
+    """A reader of integers written 10000, 10_000 or 1e4."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text) if text.isascii() else math.nan
+        except ValueError:
+            number = _number(text)
+        if not (least <= number <= most and number == int(number)):
+            raise argparse.ArgumentTypeError(f"expected an integer from {least} to {most}, got {_got(text)}")
+        return int(number)
+
+    return read
+
+
 def _layers(text: str) -> list[int]:
     """'0,3-5' as [0, 3, 4, 5]."""
     layers: set[int] = set()
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not first.isdigit() or not (last or first).isdigit() or int(last or first) < int(first):
-            raise argparse.ArgumentTypeError(f"expected layers such as 0 or 0,3-5, got {text!r}")
-        layers.update(range(int(first), int(last or first) + 1))
+        found = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last:
+            raise argparse.ArgumentTypeError(f"expected layers such as 0 or 0,3-5, up to 9999, got {_got(text)}")
+        layers.update(range(first, last + 1))
     return sorted(layers)
 
 
+def _require_folder(out: Path) -> None:
+    """Raise ValueError if there is something at a path, or on the way to it, that is no folder: said before long work."""
+    for path in (out, *out.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"out: expected a folder, got {out}" + (f": {path} is none" if path != out else ", which is none"))
+
+
 def _probe(options: argparse.Namespace) -> None:
+    from tokcx_lib import records
+
+    if options.out:
+        _require_folder(options.out)
+    elif options.force:
+        raise ValueError("force: expected together with --out, got no --out")
+    with records.locked(options.out) if options.out else nullcontext():
+        _probe_into(options)
+
+
+def _probe_into(options: argparse.Namespace) -> None:
     from tokcx_lib import records, report
     from tokcx_lib.corpora import open_corpus
     from tokcx_lib.heads import load_model
-    from tokcx_lib.probe import discard_checkpoint, first_ids, probe
+    from tokcx_lib.probe import default_context, discard_checkpoint, first_ids, plan, probe
 
     corpus = open_corpus(options.text)
     model = load_model(options.model, options.device)
     ids = first_ids(model, corpus.pieces(), options.tokens)
     chosen = {name: getattr(options, name) for name in ("tokens", "queries", "seed", "context")}
-    # A file may be longer than what is read of it; the checksum of the ids stands for what was.
+    chosen["context"] = default_context(model) if options.context is None else options.context
+    settings = plan(model, ids, options.layers, **chosen)
+    # A file may be longer than what is read of it: the plan has the checksum of the ids, which stands for what was.
     meta = {**chosen, "text": corpus.name, "text_sha256": corpus.known_sha256}
-    meta["tokens_sha256"] = hashlib.sha256(ids.tobytes()).hexdigest()
     checkpoint = options.out / ".probe" if options.out else None
+    if options.out and not options.force:
+        report.require_unused(options.out, settings)
     try:
         table = probe(model, ids, options.layers, checkpoint=checkpoint, **chosen)
     except KeyboardInterrupt:
@@ -113,7 +180,7 @@ def _probe(options: argparse.Namespace) -> None:
     print(f"{options.model} on {meta['text']}: {options.tokens} tokens, device: {model.model.device}")
     print(_shown(table).to_string(index=False, float_format=lambda number: f"{number:.4g}"))
     if options.out:
-        meta |= {"model": model.name, "model_sha256": model.sha256, **records.provenance(model.model.device)}
+        meta = {**meta, **settings, **records.provenance(model.model.device)}
         paths = report.write(table, meta, options.out)
         discard_checkpoint(checkpoint)
         print(f"wrote {', '.join(path.name for path in paths)} in {options.out}")
@@ -129,18 +196,22 @@ def _shown(table):
 
 
 def _predict(options: argparse.Namespace) -> None:
+    from tokcx_lib.softmax_law import MOST_TOKENS
+
     given = {name for name in ("load", "error", "horizon", "tokens") if getattr(options, name) is not None}
     if not given or given not in ({"load"}, {"load", "error"}, {"load", "tokens"}, {"horizon", "tokens"}):
         shown = " ".join(f"--{name}" for name in sorted(given)) or "none"
         raise ValueError(f"predict: expected --load, with --error or --tokens, or --horizon and --tokens, got {shown}")
+    for name, least, most in (("load", TINY, HUGE), ("horizon", TINY, HUGE), ("tokens", 1.0, MOST_TOKENS)):
+        if name in given and not least <= getattr(options, name) <= most:
+            raise ValueError(f"{name}: expected a number from {least:g} to {most:g}, got {getattr(options, name)}")
     _predict_horizon(options.horizon, options.tokens) if "horizon" in given else _predict_load(options)
 
 
 def _predict_load(options: argparse.Namespace) -> None:
     from tokcx_lib import finite_n
-    from tokcx_lib.validation import as_positive
 
-    load = as_positive("load", options.load)
+    load = options.load
     budget = finite_n.token_budget(load)
     print(f"load {load:g}, Gaussian tokens, one query")
     print(f"  not frozen beyond        n = e^(s²/2) = {_tokens(budget.unfrozen, load**2 / 2)}")
@@ -149,8 +220,8 @@ def _predict_load(options: argparse.Namespace) -> None:
         needed = finite_n.sample_complexity(load, options.error)
         print(f"  relative error {options.error:g} at   n = {needed:.4g}")
     if options.tokens is not None:
-        found = finite_n.softmax_moments(options.tokens, load)
         error = float(finite_n.relative_error(options.tokens, load))
+        found = finite_n.softmax_moments(options.tokens, load)
         print(f"  at n = {options.tokens:g}: reduced load {_reduced(load, options.tokens)}, relative error {error:.3g},")
         print(f"    mean {float(found.mean):.4g} of {load:g}, 1 / participation {1 / float(found.participation):.4g} tokens")
 
@@ -166,9 +237,7 @@ def _reduced(load: float, n: float) -> str:
 
 def _predict_horizon(horizon: float, n: float) -> None:
     from tokcx_lib import finite_n, rates
-    from tokcx_lib.validation import as_positive
 
-    horizon = as_positive("horizon", horizon)
     bias = finite_n.second_moment_bias(n, [[horizon]]).item()
     print(f"horizon {horizon:g}, coupling {horizon**2:g}, scalar Gaussian tokens")
     for kind, what in (("gaussian", "error of the moments"), ("bias", "bias of the second moment"), ("reported", "reported rate")):
@@ -192,19 +261,28 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from tokcx_lib import runs
+    from tokcx_lib import records, runs
     from tokcx_lib.experiments import EXPERIMENTS
 
-    experiment = EXPERIMENTS.get(options.name) if options.seconds > 0 else None
-    meta, units, difference = runs.verify(options.name, experiment, options.device, options.out, options.seconds)
+    budget = runs.BUDGET if options.seconds is None else options.seconds
+    if not 0 <= budget < math.inf:
+        raise ValueError(f"seconds: expected a finite number >= 0, got {budget}")
+    takes = records.verify(options.name, options.out).get("unit_seconds", 0.0)
+    # At least one unit is run again, unless that breaks what was asked for.
+    affordable = options.seconds is None or takes <= MOST_OVERRUN * budget
+    experiment = EXPERIMENTS.get(options.name) if budget > 0 and affordable else None
+    meta, units, difference = runs.verify(options.name, experiment, options.device, options.out, budget)
     print(f"{options.name}: {meta['rows']} rows, sha256 {meta['sha256'][:12]} matches, device: {meta['device']}")
     if units:
         print(f"units {', '.join(map(str, units))} run again: no number differs by more than {difference:.1e} of the largest")
+    elif budget > 0 and not affordable:
+        print(f"no unit run again: one takes about {takes:.0f} s (--seconds {math.ceil(takes)})")
 
 
 def _bench(options: argparse.Namespace) -> None:
     from tokcx_lib import bench, records
 
+    _require_folder(options.out)
     path = bench.run(options.profile, options.device, options.only, options.out)
     table, meta = records.load(path.stem, options.out)
     shown = table.drop(columns=["low", "high"])

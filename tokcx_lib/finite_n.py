@@ -27,7 +27,7 @@ from scipy.optimize import brentq
 from scipy.special import gammaln, log_ndtr, ndtr, ndtri_exp
 
 from tokcx_lib.moment_bias import second_moment_bias  # noqa: F401
-from tokcx_lib.softmax_law import MOST_TOKENS, map_error, softmax_moments  # noqa: F401
+from tokcx_lib.softmax_law import MOST_TILT, MOST_TOKENS, map_error, softmax_moments  # noqa: F401
 from tokcx_lib.validation import as_count, as_positive
 
 _PANEL = 0.025  # distribution functions of extremes rise over about 1/sqrt(2 ln n): panels that follow this to n = 10^300
@@ -61,7 +61,8 @@ def token_budget(load: float) -> TokenBudget:
 
     Source: chapter 9; the transition of the random energy model (Bovier, Kurkova, Loewe 2002).
     """
-    square = _as_load(load) ** 2
+    number = _as_load(load)
+    square = number * number
     return TokenBudget(*(math.exp(x) if x < 709 else math.inf for x in (square / 2, 2 * square)))
 
 
@@ -79,7 +80,11 @@ def relative_error(n, load) -> np.ndarray:
 
     Parameters
     ----------
-    n : numbers of tokens, real, from 1 to 1e250; load : numbers > 0. They broadcast.
+    n : numbers of tokens, real, from 1 to 1e250; load : numbers > 0, up to 300. They broadcast.
+
+    Returns
+    -------
+    Array of the broadcast shape, to about 1e-12 of its numbers
 
     Raises
     ------
@@ -89,8 +94,9 @@ def relative_error(n, load) -> np.ndarray:
     Source: chapter 9.
     """
     load = np.asarray(load, dtype=float)
-    if not (load > 0).all():
-        raise ValueError(f"load: expected positive numbers, got {load if load.ndim == 0 else load.ravel()[:8]}")
+    if not ((load > 0) & (load <= MOST_TILT)).all():
+        shown = load if load.ndim == 0 else load.ravel()[:8]
+        raise ValueError(f"load: expected positive numbers up to {MOST_TILT:g}, got {shown}")
     return np.sqrt(map_error(n, load)) / load
 
 
@@ -101,7 +107,8 @@ def sample_complexity(load: float, error: float) -> float:
 
     Parameters
     ----------
-    load : positive; error : positive, relative root mean square error.
+    load : positive, up to 300; error : positive, relative root mean square error. One of 1 or more is reached while the
+        output is still another one altogether, at n = 1 beyond sqrt(1 + 1/s^2).
 
     Returns
     -------
@@ -110,14 +117,14 @@ def sample_complexity(load: float, error: float) -> float:
     Raises
     ------
     ValueError
-        If load or error is not positive and finite, or more than 1e250 tokens are needed.
+        If load or error is out of range, or more than 1e250 tokens are needed.
 
     Source: chapter 9.
     """
     load, error = as_positive("load", load), as_positive("error", error)
 
     def excess(log_n: float) -> float:
-        return float(np.log(relative_error(math.exp(log_n), load) / error))
+        return float(np.log(relative_error(math.exp(log_n), load))) - math.log(error)
 
     last = math.log(MOST_TOKENS) - 1e-9
     if excess(0.0) <= 0:

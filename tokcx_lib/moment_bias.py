@@ -17,7 +17,7 @@ import torch
 from scipy.ndimage import map_coordinates
 from torch import Tensor
 
-from tokcx_lib.softmax_law import map_error, self_moments, softmax_moments
+from tokcx_lib.softmax_law import MOST_TILT, map_error, self_moments, softmax_moments
 from tokcx_lib.validation import as_matrix, as_positive, as_tensor, as_tokens
 
 _PATH = 0.15 * np.arange(-80, 81)  # along a path through the saddle point of the inverse Laplace transform
@@ -47,7 +47,7 @@ def second_moment_bias(n: float, B, V=None) -> Tensor:
     Raises
     ------
     ValueError
-        If B is not square and finite, V does not match it, or n is out of range.
+        If B is not square and finite, V does not match it, n is out of range, or B so large that loads beyond 300 matter.
     ArithmeticError
         If the law of the load does not sum to 1 within 1e-6: a check of the quadrature.
 
@@ -59,6 +59,11 @@ def second_moment_bias(n: float, B, V=None) -> Tensor:
     if beta[0] < 1e-12:  # a head that looks nowhere averages n tokens evenly
         return V @ V.mT / as_positive("n", n)
     load, weight, shares = load_law(beta, float(n))
+    if load[-1] > MOST_TILT:
+        raise ValueError(
+            f"B: expected a horizon at which queries have loads up to {MOST_TILT:g}, got horizon {beta[0]:.4g} and, with "
+            f"{n:g} tokens, load {load[-1]:.4g}"
+        )
     spread = softmax_moments(n, load).participation
     # M_2 - s^2 = E(Gamma_n - s)^2 - 2 s^2 P, since E Gamma_n = s (1 - P): no digits lost.
     along = map_error(n, load) - 2 * load**2 * spread
@@ -96,7 +101,6 @@ def load_law(beta, n: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     beta = np.asarray(beta, dtype=float)
     if beta.ndim != 1 or not (np.isfinite(beta) & (beta >= 0)).all() or not beta.max() > 0:
         raise ValueError(f"beta: expected singular values, one of them positive, got {beta}")
-    scale = beta.max() ** 2
     rate = (beta[beta > 1e-9 * beta.max()] / beta.max()) ** 2  # at most 1, exactly
     mean, deviation = rate.sum(), math.sqrt(2 * (rate**2).sum())
     step = 0.25 * min(deviation / mean, 1.2)  # of log s^2
@@ -118,7 +122,7 @@ def load_law(beta, n: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     weights = shares.sum(0)
     if abs(weights.sum() - 1) > 1e-6:
         raise ArithmeticError(f"the law of the load sums to 1 only within {abs(weights.sum() - 1):.1g}")
-    return np.sqrt(scale * q), weights, shares
+    return beta.max() * np.sqrt(q), weights, shares
 
 
 def _reach(rate: np.ndarray, step: float, tail: float) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.ticker import NullFormatter
 
 from tokcx_lib import finite_n
+from tokcx_lib.softmax_law import MOST_TILT
 
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
 INK = "#000000"
@@ -189,7 +190,7 @@ def phase_diagram(
     for end in ends:
         ax.plot(s, end, "--", color=INK, linewidth=1.1)
     levels = np.log(sorted(errors))
-    logarithm = np.log(finite_n.relative_error(n[:, None], s))
+    logarithm = np.log(finite_n.relative_error(n[:, None], np.minimum(s, MOST_TILT)))
     ax.set(xscale="log", yscale="log", xlim=loads, ylim=tokens, xlabel="load $s$", ylabel="tokens $n$")
     curves = ax.contour(s, n, logarithm, levels, colors=INK, linestyles="-", linewidths=0.9, alpha=0.75)
     left = s[8]

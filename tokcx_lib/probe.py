@@ -28,13 +28,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import tokcx_lib
-from tokcx_lib import finite_n, geometry, rates, records, runtime
+from tokcx_lib import architectures, finite_n, geometry, rates, records, runtime
 from tokcx_lib.heads import Head, TextModel, heads, layer_streams, require_known
 from tokcx_lib.streaming import partial_attention
 from tokcx_lib.tokenization import read_ids
 from tokcx_lib.validation import as_count
 
-CONTEXT = 256  # tokens the model sees at once, its special tokens included
+CONTEXT = 256  # tokens the model sees at once, its special tokens included, if it can see as many
+MOST_SEED = 2**63 - 2  # the next one has a stream of its own
 CHECKPOINT_SECONDS = 20.0  # of work between two checkpoints, or more where writing one takes long
 DISTANCES = (64, 1024)  # between query and key, at which heads with rotary positions are described as well
 _CHECKPOINT_FILES = ("plan.json", "state.npz")
@@ -313,7 +314,7 @@ def probe(
     tokens: int = 100_000,
     queries: int = 1024,
     seed: int = 0,
-    context: int = CONTEXT,
+    context: int | None = None,
     checkpoint: Path | None = None,
 ) -> pd.DataFrame:
     """Geometry of heads on a text: one row a head, from one pass over its tokens, which are never held together.
@@ -328,7 +329,8 @@ def probe(
     layers : default all.
     tokens : how many tokens of the text to use, from its beginning.
     queries : how many of them, drawn at random, stand for all queries.
-    context : tokens that the model sees at once.
+    seed : 0 or more, below 2^63 - 1.
+    context : tokens that the model sees at once; default 256, or as many as it can.
     checkpoint : folder for checkpoints, None for none. A probe of the same model, text and numbers goes on from what it
         finds there, and has the same result as one that was never interrupted; any other starts anew. The folder is
         left when the probe is done, for its caller to remove (`discard_checkpoint`) once the table is safe.
@@ -348,9 +350,13 @@ def probe(
     Raises
     ------
     ValueError
-        If the text is shorter than the tokens asked for or mostly unknown, or a layer does not exist.
+        If the text is shorter than the tokens asked for or mostly unknown, a layer does not exist, or a number is out of
+        range.
     """
     tokens, queries = as_count("tokens", tokens, least=2), min(as_count("queries", queries), tokens)
+    if as_count("seed", seed, least=0) > MOST_SEED:
+        raise ValueError(f"seed: expected an integer from 0 to {MOST_SEED}, got {seed}")
+    context = default_context(model) if context is None else context
     states = _layer_states(model, layers, queries)
     ids = np.asarray(first_ids(model, text, tokens) if isinstance(text, str) else text)[:tokens].astype(np.int64)
     _require_tokens(len(ids), tokens)
@@ -368,10 +374,9 @@ def probe(
     order = torch.randperm(whole, generator=runtime.generator(seed)).numpy()
     rest = np.concatenate([ids[: whole * width].reshape(whole, width)[order].reshape(-1), ids[whole * width :]])
 
-    saved = _Checkpoint(checkpoint, _plan(model, ids, list(states), queries, seed, context))
+    saved = _Checkpoint(checkpoint, plan(model, ids, list(states), tokens, queries, seed, context))
     read = saved.load(states)
-    bar = tqdm(total=len(first) + tokens, initial=read, unit=" tokens", desc="tokens", unit_scale=True, leave=False)
-    with bar:
+    with _bar("queries", len(first), read) as bar:
         for batch in _batches(model, first[read:], list(states), context):
             inside = np.flatnonzero((read <= places) & (places < read + len(batch[0])))
             for state, x in zip(states.values(), batch):
@@ -379,6 +384,7 @@ def probe(
             read += len(batch[0])
             bar.update(len(batch[0]))
             saved.save(states, read)
+    with _bar("tokens", tokens, read - len(first)) as bar:
         for batch in _batches(model, rest[read - len(first) :], list(states), context):
             for state, x in zip(states.values(), batch):
                 state.add_keys(x.float(), lengths)
@@ -398,11 +404,18 @@ def probe(
 
 def _layer_states(model: TextModel, layers: Sequence[int] | None, queries: int) -> dict[int, _LayerState]:
     every = heads(model)
-    layers = range(every[-1].layer + 1) if layers is None else sorted(set(layers))
-    unknown = [layer for layer in layers if not 0 <= layer <= every[-1].layer]
-    if unknown or not layers:
-        raise ValueError(f"layers: expected some of 0 to {every[-1].layer}, got {unknown or 'none'}")
+    layers = _existing(layers, every)
     return {layer: _LayerState([head for head in every if head.layer == layer], queries) for layer in layers}
+
+
+def _existing(layers: Sequence[int] | None, every: Sequence[Head]) -> list[int]:
+    """Layers in order, all if None; ValueError if one is not there."""
+    chosen = list(range(every[-1].layer + 1)) if layers is None else sorted(set(layers))
+    unknown = [layer for layer in chosen if not 0 <= layer <= every[-1].layer]
+    if unknown or not chosen:
+        shown = ", ".join(map(str, unknown[:8])) + (" …" if len(unknown) > 8 else "")
+        raise ValueError(f"layers: expected some of 0 to {every[-1].layer}, got {shown or 'none'}")
+    return chosen
 
 
 def _query_windows(asked: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -415,16 +428,27 @@ def _batches(model: TextModel, ids: np.ndarray, layers: list[int], context: int)
     return layer_streams(model, ids, layers, context) if len(ids) else iter(())
 
 
-def _plan(model: TextModel, ids: np.ndarray, layers: list[int], queries: int, seed: int, context: int) -> dict:
-    """All that the numbers depend on."""
+def _bar(what: str, total: int, read: int) -> tqdm:
+    return tqdm(total=total, initial=min(read, total), unit=" tokens", desc=what, unit_scale=True, leave=False)
+
+
+def default_context(model: TextModel) -> int:
+    """How many tokens a model sees at once in a probe that does not say: CONTEXT, or as many as it can."""
+    return min(CONTEXT, architectures.most_positions(architectures.base_model(model).config))
+
+
+def plan(
+    model: TextModel, ids: np.ndarray, layers: Sequence[int] | None, tokens: int, queries: int, seed: int, context: int
+) -> dict:
+    """All that the numbers of a probe depend on; `ids` are those of its `tokens` tokens."""
     device = next(model.model.parameters()).device
     return {
         "model": model.name,
         "model_sha256": model.sha256,
-        "ids_sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
-        "tokens": len(ids),
-        "layers": layers,
-        "queries": queries,
+        "ids_sha256": hashlib.sha256(np.asarray(ids).astype(np.int64).tobytes()).hexdigest(),
+        "tokens": tokens,
+        "layers": _existing(layers, heads(model)),
+        "queries": min(queries, tokens),
         "seed": seed,
         "context": context,
         "device": str(device),
@@ -432,3 +456,26 @@ def _plan(model: TextModel, ids: np.ndarray, layers: list[int], queries: int, se
         "torch": torch.__version__,
         "tokcx": tokcx_lib.__version__,
     }
+
+
+def differing(there: dict, here: dict) -> list[str]:
+    """What of a probe's question, as two plans have it, is not the same: of model, text, tokens, layers, and so on.
+
+    The same question asked with another number of threads or another version of PyTorch is the same.
+    """
+    weights = "model_sha256" if here["model_sha256"] else "model"  # of the same weights the folder may have another name
+    found = ["model"] if there.get(weights) != here[weights] else []
+    found += [name for name in ("tokens", "layers", "queries", "seed", "context") if there.get(name) != here[name]]
+    # Other models and other numbers of tokens have other ids on the same text.
+    if there.get("ids_sha256") != here["ids_sha256"] and not {"model", "tokens"} & set(found):
+        found.append("text")
+    return found
+
+
+def read_plan(file: Path) -> dict | None:
+    """What a file written from a `plan` says; None if there is no such file, or it cannot be read."""
+    try:
+        found = json.loads(file.read_bytes()) if file.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -194,7 +194,8 @@ def write_whole(*paths_and_contents: Path | bytes) -> None:
     temporaries = [path.with_name(path.name + ".tmp") for path in paths]
     try:
         for temporary, content in zip(temporaries, contents, strict=True):
-            with temporary.open("wb") as file:
+            temporary.unlink(missing_ok=True)  # left by a process that was killed, or a link to somewhere else
+            with temporary.open("xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())

@@ -7,6 +7,7 @@ for dark screens.
 from __future__ import annotations
 
 import base64
+import json
 import math
 from collections.abc import Callable
 from html import escape
@@ -18,8 +19,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from tokcx_lib import plots, records
-from tokcx_lib.probe import DISTANCES
+from tokcx_lib.probe import DISTANCES, differing, read_plan
 
+MADE = "probe.json"  # what made the other files
+_ELSEWHERE = "choose another folder, or give --force to replace it"
 HARDEST = 3  # heads that the reading names
 LIGHT_INK = "#dfe3e7"  # of maps on a dark screen
 PHASES = {
@@ -30,14 +33,15 @@ PHASES = {
 
 
 def write(table: pd.DataFrame, meta: dict, folder: Path) -> list[Path]:
-    """Write heads.csv, report.html and four PNG files into a folder; returns their paths.
+    """Write heads.csv, report.html, four PNG files and probe.json, which says what made them; returns their paths.
 
     Parameters
     ----------
     table : from `probe.probe`.
     meta : what was probed: model, text, tokens, queries, seed and context; the checksums model_sha256, text_sha256 and
-        tokens_sha256 (of the token ids), each where it is known; and the device, versions and created of
-        `records.provenance`.
+        ids_sha256 (of the token ids), each where it is known; and the device, versions and created of
+        `records.provenance`. All of it goes into probe.json; where it has the plan (`probe.plan`), `require_unused`
+        knows this probe again.
 
     Raises
     ------
@@ -55,10 +59,26 @@ def write(table: pd.DataFrame, meta: dict, folder: Path) -> list[Path]:
         "report.html": page(table, meta).encode(),
         # On their own they are opened on any ground: white belongs to them.
         **{f"{name}.png": _draw(table, meta, draw, ground="white") for name, (_, draw) in FIGURES.items()},
+        MADE: (json.dumps(meta, indent=2) + "\n").encode(),
     }
     paths = [folder / name for name in files]
     records.write_whole(*(item for path, content in zip(paths, files.values()) for item in (path, content)))
     return paths
+
+
+def require_unused(folder: Path, plan: dict) -> None:
+    """Raise ValueError if a folder holds another probe than that of a plan, finished or not: its files would be lost.
+
+    The same probe is welcome: it goes on from its checkpoint, or writes the same numbers again.
+    """
+    wrote = [name for name in (MADE, "heads.csv", "report.html") if (folder / name).exists()]
+    finished, unfinished = read_plan(folder / MADE), read_plan(folder / ".probe" / "plan.json")
+    if wrote and finished is None:
+        raise ValueError(f"out: {folder} has a {wrote[-1]}, and nothing says of which probe; {_ELSEWHERE}")
+    for made, kind in ((finished, "a"), (unfinished, "an unfinished")):
+        if made is not None and (others := differing(made, plan)):
+            what = f"{made.get('model')} on {made.get('text', 'a text')}, {made.get('tokens')} tokens"
+            raise ValueError(f"out: {folder} holds {kind} probe of another {', '.join(others)} ({what}); {_ELSEWHERE}")
 
 
 def _keys(head: pd.Series, meta: dict) -> int:
@@ -340,7 +360,7 @@ def _facts(table: pd.DataFrame, meta: dict) -> str:
         "model": checked("model", meta["model"]),
         "text": checked("text", meta["text"]),
         "heads": f"{len(table)}, in {'layers' if len(layers) > 1 else 'layer'} {span}",
-        "tokens": checked("tokens", f"{meta['tokens']:,}, in windows of {meta['context']}"),
+        "tokens": checked("ids", f"{meta['tokens']:,}, in windows of {meta['context']}"),
         "queries": f"{min(meta['queries'], meta['tokens']):,}, drawn with seed {meta['seed']}",
         "device": escape(meta["device"]),
         "made": escape(

@@ -7,6 +7,7 @@ every function also takes a device of its own.
 from __future__ import annotations
 
 import os
+import warnings
 
 import numpy as np
 import torch
@@ -22,13 +23,15 @@ def device(name: str | torch.device | None = None) -> torch.device:
     Raises
     ------
     ValueError
-        If the name is no device of PyTorch, or the machine does not have it.
+        If the name is no device of PyTorch, the machine does not have it, or it does not compute in float64.
     """
     wanted = str(name or os.environ.get("TOKCX_DEVICE") or "cpu")
     try:
-        chosen = torch.device(wanted)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of kinds of devices that PyTorch has given up
+            chosen = torch.device(wanted)
+            torch.ones(1, dtype=torch.float64, device=chosen).add(1).item()  # "meta" has tensors, but no numbers
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         raise ValueError(f"device: {wanted!r} is not available; this machine has {', '.join(there)}") from error
     return chosen

@@ -25,8 +25,10 @@ from tokcx_lib.laws import Empirical, Gaussian, Law, Rademacher, Uniform, Unifor
 
 MOST_TOKENS = 1e250  # up to here no density of a token that matters underflows
 STEP = 0.25  # of the trapezoidal rule in log l
+MOST_TILT = 300.0  # loads of normal tokens, and tilts times the radius of bounded ones
 _SPARE = 46.0  # e^-46 = 1e-20: what may be left out
 _TABLES = (75.0, math.log(MOST_TOKENS))  # a table of averages serves n up to e^75 = 4e32, the other all n beyond
+_PIECE = 4096  # of a correlation
 _CHECK = 1e-8  # how far the sum of the weights may be from 1
 
 
@@ -58,7 +60,7 @@ class _Averages(NamedTuple):
 
     x: np.ndarray
     log_phi: np.ndarray
-    a: np.ndarray  # (3, x): of 1, y and y - centre
+    a: np.ndarray  # (3, x): of 1, y and y - centre, the last with all its digits where l is small, and it nearly cancels
     log_a: np.ndarray
     b: np.ndarray  # (3, x): of 1, y^2 and (y - centre)^2
     log_b: np.ndarray
@@ -74,7 +76,8 @@ def softmax_moments(n, t, law: Law | None = None) -> SoftmaxMoments:
     ----------
     n : number of tokens, real, from 1 to 1e250; t : tilt, any sign, in units of 1/y. They broadcast.
     law : standard normal if None; else `Gaussian(variance)` in one dimension, `Rademacher(1)`, `Uniform(1)`,
-        `Empirical` in one dimension, or `UniformSphere` or `UniformBall` in any dimension, with |t| radius <= 300.
+        `Empirical` in one dimension, or `UniformSphere` or `UniformBall` in any dimension. |t| times the radius of
+        the law, or its standard deviation if it is normal, is at most 300.
 
     Returns
     -------
@@ -97,7 +100,7 @@ def softmax_moments(n, t, law: Law | None = None) -> SoftmaxMoments:
 def map_error(n, t, law: Law | None = None) -> np.ndarray:
     """Mean square error E(Gamma_n - K'(t))^2 of attention at one query: variance and squared bias together.
 
-    Parameters and errors as for `softmax_moments`; accurate relative to itself down to about 1e-24.
+    Parameters and errors as for `softmax_moments`; accurate to about 1e-12 of itself, however small.
 
     Source: chapter 9.
     """
@@ -225,6 +228,7 @@ def _averages(t: float, law: Law | None, log_n: float) -> _Averages:
             if law.dim != 1 or law.mean.item() != 0 or law.cov.item() == 0:
                 raise ValueError(f"law: expected a centred Gaussian in one dimension, got dim {law.dim}, mean {law.mean}")
             scale = math.sqrt(law.cov.item())
+        _require_tilt(abs(t) * scale)
         table = _gaussian_averages(abs(t) * scale, log_n)
         sign = (math.copysign(scale, t), scale**2)  # y -> -y where t < 0
         flip = lambda part, unit: np.stack([part[0], unit * part[1], unit * part[2]])  # noqa: E731
@@ -265,7 +269,7 @@ def _gaussian_averages(t: float, log_n: float) -> _Averages:
     y = step * j
     if lattice:
         u = STEP * np.arange(first + j[0], last + j[-1] + 1)
-        average = np.correlate
+        average = _correlate
     else:
         u = x[:, None] + t * y
         average = np.matmul
@@ -285,7 +289,16 @@ def _gaussian_averages(t: float, log_n: float) -> _Averages:
         weight = np.exp((k - share) * u - e)
         parts.append(np.stack([average(weight, kernel), *(average(weight, kernel * p) for p in powers)]))
         logs.append(share * x + tilt**2 / 2)
+    # By parts, a_1 - t a_0 = -t l b_0, which does not cancel.
+    parts[0][2] = -t * parts[1][0] * np.exp(logs[1] - logs[0])
     return _Averages(x, _log_phi(phi, rest), parts[0], logs[0], parts[1], logs[1])
+
+
+def _correlate(values: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """`np.correlate` in pieces: it spreads longer products over threads, and takes a hundred times as long."""
+    count = len(values) - len(kernel) + 1
+    starts = range(0, len(kernel), _PIECE)
+    return sum(np.correlate(values[i : i + _PIECE + count - 1], kernel[i : i + _PIECE]) for i in starts)
 
 
 def _log_phi(phi: np.ndarray, rest: np.ndarray) -> np.ndarray:
@@ -296,7 +309,7 @@ def _log_phi(phi: np.ndarray, rest: np.ndarray) -> np.ndarray:
 def _bounded_averages(t: float, y: np.ndarray, weights: np.ndarray, log_n: float) -> _Averages:
     """For a law on finitely many points: its atoms, or the nodes of a quadrature."""
     extent = abs(t) * np.abs(y).max()
-    _node_count(extent)
+    _require_tilt(extent)
     x = STEP * np.arange(math.floor(-(extent + log_n + _SPARE) / STEP), math.ceil((extent + 4.5) / STEP) + 1)
     u = x[:, None] + t * y
     e = np.exp(np.minimum(u, 700.0))
@@ -307,12 +320,19 @@ def _bounded_averages(t: float, y: np.ndarray, weights: np.ndarray, log_n: float
     parts = []
     for k, columns in ((1, (y**0, y, y - centre)), (2, (y**0, y**2, (y - centre) ** 2))):
         parts.append((np.exp(k * (u - top[:, None]) - e) @ (weights * np.stack(columns)).T).T)
+    # Where l e^{ty} is small for all y, the mean of (y - centre) e^{ty}, which is zero, is subtracted.
+    small = u.max(1) < 0
+    parts[0][2, small] = (np.exp(u - top[:, None]) * np.expm1(-e))[small] @ (weights * (y - centre))
     return _Averages(x, _log_phi(phi, rest), parts[0], top, parts[1], 2 * top)
 
 
+def _require_tilt(extent: float) -> None:
+    if not extent <= MOST_TILT:
+        raise ValueError(f"t: expected |t| times the size of the law up to {MOST_TILT:g}, got {extent:.4g}")
+
+
 def _node_count(extent: float) -> int:
-    if not abs(extent) <= 300:
-        raise ValueError(f"t: expected |t| times the radius of the law up to 300, got {abs(extent):.4g}")
+    _require_tilt(abs(extent))
     return 64 * math.ceil(1 + abs(extent) / 5)  # e^{-l e^{ty}} is tame within pi/2|t| of the real axis
 
 
