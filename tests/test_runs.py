@@ -338,3 +338,18 @@ def test_horizon_errors_are_those_of_the_sweep_and_of_the_definition():
     limit = sweeps.gaussian_limit(law, 2 * A, V)
     assert second[1, 1] == pytest.approx((outputs.mT @ outputs / 30 - limit.cov).item(), rel=1e-9)
 
+
+
+def test_a_record_verifies_whatever_the_order_of_the_names_in_a_setting(tmp_path):
+    """The JSON of a record sorts them; the rows of a unit come in the order that the experiment has."""
+
+    def opened(config, device):
+        def work(replicate):
+            rows = [(replicate, name, size) for name, size in config["sizes"].items()]
+            return runs.Part(pd.DataFrame(rows, columns=["replicate", "name", "size"]))
+
+        return runs.Plan([(0,), (1,)], work)
+
+    named = runs.Experiment(opened, ("replicate",), {"replicates": 2, "sizes": {"large": 2.0, "a small one": 1.0}}, {})
+    runs.run("named", named, path=tmp_path)
+    assert runs.verify("named", named, path=tmp_path).difference == 0

@@ -323,6 +323,8 @@ def _config_of(name: str, experiment: Experiment, table: pd.DataFrame, meta: dic
         else:
             accepted = [profile[key] for profile in profiles if key in profile]
             fits, expected = value in accepted, " or ".join(dict.fromkeys(map(reprlib.repr, accepted))) or "no such setting"
+            # JSON sorts the names in a setting; the order of a unit's rows is that of the experiment's own.
+            config[key] = accepted[accepted.index(value)] if fits else value
         if not fits:
             raise ValueError(f"record {name!r}: config: {key}: expected {expected}, got {reprlib.repr(value)}")
     if missing := [key for key in experiment.keys if key not in table]:
