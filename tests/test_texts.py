@@ -3,8 +3,10 @@
 import bz2
 import gzip
 import hashlib
+import json
 import lzma
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -71,7 +73,8 @@ def minilm():
 @pytest.fixture(scope="module")
 def tokenizers(minilm):
     """One small tokenizer of each kind, trained on a source of this library."""
-    lines = Path(corpora.__file__).read_text(encoding="utf-8").splitlines(keepends=True)
+    source = Path(corpora.__file__).read_text(encoding="utf-8")
+    blocks = re.split("(?=\ndef )", source)  # with their blank lines, which byte-level tokenizers make tokens of
     made = {"wordpiece": minilm.tokenizer}
     for kind, parts in KINDS.items():
         if parts:
@@ -85,7 +88,10 @@ def tokenizers(minilm):
             known |= {"unk_token": "<unk>"} if "unigram" in kind else {}
             special = SPECIAL + BYTES if "bytes" in kind else SPECIAL
             trainer = TRAINERS[type(model)](vocab_size=700, special_tokens=special, show_progress=False, **known)
-            tokenizer.train_from_iterator(lines, trainer)
+            tokenizer.train_from_iterator(blocks, trainer)
+            state = json.loads(tokenizer.to_str())
+            state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in BYTES]
+            tokenizer = Tokenizer.from_str(json.dumps(state))
             tokenizer.add_tokens(["<tool>", AddedToken("<wide>", lstrip=True, rstrip=True, normalized=False)])
             made[kind] = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>")
     return made
@@ -124,8 +130,9 @@ def test_pieces_have_the_ids_of_the_whole(kind, tokenizers, monkeypatch):
         whole = of_the_whole(tokenizer, text)
         try:
             found = probe.first_ids(SimpleNamespace(tokenizer=tokenizer), pieces).tolist()
-        except ValueError as error:
-            assert "reads as special" in str(error) and set(whole) & set(numbers), error
+        except ValueError as error:  # refused, and for cause: a token that takes the blanks before it, however many
+            named, taken = "reads as special" in str(error), "in pieces, not so at" in str(error)
+            assert named and set(whole) & set(numbers) or taken and re.search(r"\s{64}<wide>", text), error
         else:
             assert found == whole
             seen.append(len(whole))
@@ -150,7 +157,7 @@ def test_the_time_is_in_proportion_to_the_text(kind, text, tokenizers, monkeypat
     assert sum(read) <= 6 * len(text)  # windows that double, and what they share
 
 
-@pytest.mark.parametrize("kind, run", [("byte-level", " "), ("unigram without words", "a"), ("wordpiece", "a")])
+@pytest.mark.parametrize("kind, run", [("unigram without words", "a"), ("wordpiece", "a")])
 def test_a_text_that_hangs_together_without_end_is_refused(kind, run, tokenizers, monkeypatch):
     for name, value in {"PIECE": 2048, "STEP": 257, "SHARED": 256, "LONGEST": 10_000}.items():
         monkeypatch.setattr(tokenization, name, value)
