@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -348,8 +349,11 @@ def test_the_report_tells_the_checksum_of_what_was_read(probed, minilm, tmp_path
 
     (tmp_path / "a.txt").write_bytes(LINES * 60)
     told = {}
+    columns = ["layer", "head", "horizon", "coupling", "load_median", "load_95", "exponent_sharp", "tokens_10_percent"]
+    table = pd.DataFrame([dict.fromkeys(columns, 1) | {"phase": "averaging"}])
+    monkeypatch.setattr(probe, "probe", lambda *arguments, **options: table)
     monkeypatch.setattr(report, "write", lambda table, meta, out: told.update(meta) or [])
-    assert probed(tmp_path / "a.txt", "--tokens", "400", "--queries", "8", "--out", str(tmp_path / "out")) == (0, "")
+    assert probed(tmp_path / "a.txt", "--tokens", "400", "--out", str(tmp_path / "out")) == (0, "")
     ids = heads.tokenize(minilm, LINES.decode())[:400]
     assert told["text_sha256"] is None and told["tokens_sha256"] == hashlib.sha256(ids.tobytes()).hexdigest()
 
