@@ -32,6 +32,10 @@ BYTES = [f"<0x{i:02X}>" for i in range(256)]
 PATTERN = r"'[a-z]+|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
+def metaspace(**options):
+    return models.BPE(unk_token="<unk>"), None, pre_tokenizers.Metaspace(**options)
+
+
 def byte_level(**options):
     return models.BPE(), None, pre_tokenizers.ByteLevel(**options)
 
@@ -50,10 +54,10 @@ KINDS = {
     "byte-level": lambda: byte_level(add_prefix_space=False),
     "byte-level with a space": lambda: byte_level(add_prefix_space=True),
     "byte-level, another pattern": by_pattern,
-    "metaspace, first": lambda: (models.BPE(unk_token="<unk>"), None, pre_tokenizers.Metaspace(prepend_scheme="first")),
-    "metaspace, always": lambda: (models.BPE(unk_token="<unk>"), None, pre_tokenizers.Metaspace(prepend_scheme="always")),
-    "metaspace, never": lambda: (models.BPE(unk_token="<unk>"), None, pre_tokenizers.Metaspace(prepend_scheme="never")),
-    "metaspace, unsplit": lambda: (models.BPE(unk_token="<unk>"), None, pre_tokenizers.Metaspace(split=False)),
+    "metaspace, first": lambda: metaspace(prepend_scheme="first"),
+    "metaspace, always": lambda: metaspace(prepend_scheme="always"),
+    "metaspace, never": lambda: metaspace(prepend_scheme="never"),
+    "metaspace, unsplit": lambda: metaspace(split=False),
     "unigram": lambda: (models.Unigram(), normalizers.NFKC(), pre_tokenizers.Metaspace()),
     "unigram without words": lambda: spaces_replaced(models.Unigram()),
     "bytes where unknown": lambda: spaces_replaced(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True)),
@@ -63,7 +67,9 @@ KINDS = {
     ),
     "wordpiece": None,
 }  # fmt: skip
-TRAINERS = {models.BPE: trainers.BpeTrainer, models.Unigram: trainers.UnigramTrainer, models.WordLevel: trainers.WordLevelTrainer}
+TRAINERS = {
+    models.BPE: trainers.BpeTrainer, models.Unigram: trainers.UnigramTrainer, models.WordLevel: trainers.WordLevelTrainer
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +111,9 @@ def of_the_whole(tokenizer, text):
 PARTS = st.one_of(
     st.sampled_from(["\n", "\n\n", "\r\n", " ", "   \n", "\t", "\x0c", "\u2028", "\x85", ".", "\n\n\n \n"]),
     st.sampled_from([*SPECIAL, "[MASK]", "[SEP]", "<tool>", " <wide>\n", "<0x0A>", "▁", "<|end", "oftext|>"]),
-    st.sampled_from(["a", "the ", "return", " tokens", "_name", "(x)", "'s", "1234", "ß", "é", "e\u0301", "注意", "ﬁ", "🙂"]),
+    st.sampled_from(["a", "the ", "return", " tokens", "_name", "(x)", "'s", "1234", "é", "e\u0301", "注意", "ﬁ", "🙂"]),
     st.text(max_size=8).filter(lambda text: "\0" not in text),
-    st.builds(lambda part, times: part * times, st.sampled_from(["a", "ab", " ", "\n", "=", "ein ", "x\n"]), st.integers(1, 900)),
+    st.builds(str.__mul__, st.sampled_from(["a", "ab", " ", "\n", "=", "ein ", "x\n"]), st.integers(1, 900)),
 )
 TEXTS = st.lists(PARTS, max_size=60).map("".join)
 
@@ -121,7 +127,7 @@ def test_pieces_have_the_ids_of_the_whole(kind, tokenizers, monkeypatch):
         monkeypatch.setattr(tokenization, name, value)
     seen = []
 
-    @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(TEXTS, st.integers(1, 200), st.integers(1, 4))
     @example("def f(x):\n\n    return x\n" * 60, 7, 1)
     @example("a" * 3000, 64, 1)
@@ -132,7 +138,7 @@ def test_pieces_have_the_ids_of_the_whole(kind, tokenizers, monkeypatch):
         try:
             found = probe.first_ids(SimpleNamespace(tokenizer=tokenizer), pieces).tolist()
         except ValueError as error:  # refused, and for cause: a token that takes the blanks before it, however many
-            named, taken = "reads as special" in str(error), "in pieces, not so at" in str(error)
+            named, taken = "reads as special" in str(error), "in pieces, got one that it cannot" in str(error)
             assert named and set(whole) & set(numbers) or taken and re.search(r"\s{64}<wide>", text), error
         else:
             assert found == whole
@@ -172,7 +178,8 @@ def test_the_fixed_text_keeps_its_ids(minilm):
     """Records rest on them."""
     ids = heads.tokenize(minilm, corpora.open_corpus("scipy-docs").text)
     assert ids.dtype == np.int64 and len(ids) == 228_575
-    assert hashlib.sha256(ids.tobytes()).hexdigest() == "b64c1ce2ca305594fae036dde534ea4bb36ef4dccb711a08423738085129b164"
+    known = "b64c1ce2ca305594fae036dde534ea4bb36ef4dccb711a08423738085129b164"
+    assert hashlib.sha256(ids.tobytes()).hexdigest() == known
 
 
 def test_names_of_special_tokens_are_text(minilm, tokenizers):
