@@ -68,8 +68,10 @@ KINDS = {
     "wordpiece": None,
 }  # fmt: skip
 TRAINERS = {
-    models.BPE: trainers.BpeTrainer, models.Unigram: trainers.UnigramTrainer, models.WordLevel: trainers.WordLevelTrainer
-}  # fmt: skip
+    models.BPE: trainers.BpeTrainer,
+    models.Unigram: trainers.UnigramTrainer,
+    models.WordLevel: trainers.WordLevelTrainer,
+}
 
 
 @pytest.fixture(scope="module")
