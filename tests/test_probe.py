@@ -93,7 +93,12 @@ def test_no_more_of_a_text_is_tokenised_than_it_takes(minilm, text, ids, monkeyp
     monkeypatch.setattr(tokenization, "PIECE", 3000)
     read = []
     encode = tokenization._encode
-    monkeypatch.setattr(tokenization, "_encode", lambda model, parts: read.append(sum(map(len, parts))) or encode(model, parts))
+
+    def counted(tokenizer, parts):
+        read.append(sum(map(len, parts)))
+        return encode(tokenizer, parts)
+
+    monkeypatch.setattr(tokenization, "_encode", counted)
     assert (probe.first_ids(minilm, text, 5000) == ids[:5000]).all()
     assert len(read) > 3 and sum(read) < len(text) / 2
     with pytest.raises(ValueError, match=f"^text: expected at least {len(ids) + 1} tokens, got {len(ids)}"):

@@ -183,7 +183,8 @@ def _read(path: Path) -> Iterator[str]:
             decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         count += len(error.object[: error.start].decode("utf-8-sig"))
-        raise ValueError(f"corpus: expected UTF-8 text in {path}, got {error.reason} after {count} characters") from error
+        reason = f"{error.reason} after {count} characters"
+        raise ValueError(f"corpus: expected UTF-8 text in {path}, got {reason}") from error
     except (lzma.LZMAError, zlib.error, EOFError, OSError) as error:
         raise ValueError(f"corpus: expected UTF-8 text in {path}, got {error}") from error
 

@@ -51,8 +51,10 @@ def first_ids(model: TextModel, text: str | Iterable[str], tokens: int | None = 
     Raises
     ------
     ValueError
-        If the text is shorter than the tokens asked for, or the tokenizer cannot read it (`tokenization.read_ids`).
+        If the text is shorter than the tokens asked for, which are one or more, or the tokenizer cannot read it
+        (`tokenization.read_ids`).
     """
+    tokens = None if tokens is None else as_count("tokens", tokens)
     parts, count = [np.empty(0, dtype=np.int64)], 0
     for ids in read_ids(model.tokenizer, text):
         parts.append(ids)

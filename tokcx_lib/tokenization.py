@@ -4,10 +4,10 @@ A text is text: where the name of a special token, such as ``[CLS]``, stands in 
 
 Where a tokenizer separates words at white space before all else, as BERT's does, a text may be cut there. Others look
 across lines: byte-level ones make one token of several line breaks, others have no words at all. Their texts are read
-in windows that overlap, and two windows are joined where they have the same tokens, in the middle of what they share. If
-they have not, as in a long run without a space, the first of them is doubled, so the time stays in proportion to the
-text. A unigram model weighs all ways to cut a word, and among equal ones rounding decides: there windows are joined
-between words alone.
+in windows that overlap, and two windows are joined where they have the same tokens, in the middle of what they share.
+If they have not, as in a long run without a space, the first of them is doubled, so the time stays in proportion to
+the text. A unigram model weighs all ways to cut a word, and among equal ones rounding decides: there windows are
+joined between words alone.
 """
 
 from __future__ import annotations
@@ -149,7 +149,8 @@ def _by_windows(tokenizer, pieces: Iterator[str]) -> Iterator[np.ndarray]:
         _require_short(count * STEP)
         window = windows.tokens(first, count)
         if before is not None and not np.array_equal(before, _around(begun, window)):
-            raise ValueError(f"text: expected one that this tokenizer can read in pieces, not so at character {begun:,}")
+            found = f"got one that it cannot, at character {begun:,}"
+            raise ValueError(f"text: expected one that this tokenizer can read in pieces, {found}")
     yield _between(begun, np.inf, window)[1]
 
 
@@ -159,7 +160,7 @@ def _between(start: float, stop: float, tokens: np.ndarray) -> np.ndarray:
 
 
 def _around(seam: int, tokens: np.ndarray) -> np.ndarray:
-    """The tokens in the middle of what two windows share: what is near the end of either may be another in the whole."""
+    """The tokens in the middle of what two windows share: near the end of either, the whole may have others."""
     return _between(seam - SHARED // 4, seam + SHARED // 4, tokens)
 
 
