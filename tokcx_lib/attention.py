@@ -10,17 +10,17 @@ from __future__ import annotations
 from torch import Tensor
 
 from tokcx_lib.laws import Empirical, Law
-from tokcx_lib.validation import as_matrix, as_square, as_tokens, as_vectors
+from tokcx_lib.validation import as_law, as_matrix, as_square, as_tokens, as_vectors, finite_answer
 
 
 def _tilt(x, A, dim: int) -> Tensor:
     """t = A x for queries x (..., dim)."""
     x = as_vectors("x", x, dim)
-    return x if A is None else x @ as_square("A", A, dim).to(x).mT
+    return x if A is None else finite_answer("x, A", x @ as_square("A", A, dim).to(x).mT)
 
 
 def _value(y: Tensor, V) -> Tensor:
-    return y if V is None else y @ as_matrix("V", V, columns=y.shape[-1]).to(y).mT
+    return y if V is None else finite_answer("V", y @ as_matrix("V", V, columns=y.shape[-1]).to(y).mT)
 
 
 def attention_map(law: Law | Tensor, x, A, V=None) -> Tensor:
@@ -42,7 +42,7 @@ def attention_map(law: Law | Tensor, x, A, V=None) -> Tensor:
     ValueError
         If shapes do not match, or anything is NaN or infinite.
     """
-    law = law if hasattr(law, "tilted_mean") else Empirical(law)
+    law = as_law("law", law, "tilted_mean") if hasattr(law, "tilted_mean") else Empirical(as_tokens("law", law))
     return _value(law.tilted_mean(_tilt(x, A, law.dim)), V)
 
 

@@ -19,12 +19,13 @@ from torch import Tensor
 from tokcx_lib import rates, runtime
 from tokcx_lib.streaming import Moments
 from tokcx_lib.sweeps import hermite_cubic
-from tokcx_lib.validation import as_count, as_positive
+from tokcx_lib.validation import as_count, as_kind, as_list, as_number, as_positive, as_tensor, finite_answer, naming
 
 BINS = 10_000
 OUTER = 64  # tokens expected beyond the bins, drawn one by one
 LEAST = 500  # tokens
 MESH = 0.3  # step of the table of the map, in units of 1 / (range of the tokens)
+MOST_ROWS = 10**8
 _ROWS = 256  # of the table of the map, at a time
 
 
@@ -66,9 +67,9 @@ def draw(n: int, generator=None, bins: int = BINS, limit: float = math.inf) -> B
 
     Source: chapter 10; the law of counts is classical.
     """
-    if as_count("n", n, least=LEAST) > 10**15:
-        raise ValueError(f"n: expected an integer from {LEAST} to 10^15, got {n}")
-    if as_count("bins", bins, least=2) % 2:
+    n, bins = as_count("n", n, least=LEAST, most=10**15), as_count("bins", bins, least=2, most=10**8)
+    limit = as_number("limit", limit, finite=False)
+    if bins % 2:
         raise ValueError(f"bins: expected an even number, got {bins}")
     rng = np.random.default_rng(torch.randint(2**62, (1,), generator=runtime.generator(generator)).item())
     edge = -ndtri(OUTER / n / 2)
@@ -91,8 +92,7 @@ def beyond(level: float, generator=None) -> float:
 
     Raises ValueError if the level is not a number in that range.
     """
-    if not 0 <= level <= 30:
-        raise ValueError(f"level: expected a number from 0 to 30, got {level}")
+    level = as_number("level", level, 0, 30)
     u = torch.rand(1, generator=runtime.generator(generator), dtype=torch.float64).item()
     return -float(ndtri_exp(log_ndtr(-level) + math.log1p(-u)))
 
@@ -104,6 +104,8 @@ def _rounding(width: float) -> float:
 
 def coarsen(tokens: BinnedTokens) -> BinnedTokens:
     """The same tokens in bins of twice the width (an even number of bins): what the width of the bins does to a result."""
+    if len(as_kind("tokens", tokens, BinnedTokens).points) % 2:
+        raise ValueError(f"tokens: expected an even number of bins, got {len(tokens.points)}")
     points, counts = tokens.points.reshape(-1, 2), tokens.counts.reshape(-1, 2)
     width = (points[0, 1] - points[0, 0]).item()
     return tokens._replace(points=points.mean(1) * _rounding(width) / _rounding(2 * width), counts=counts.sum(1))
@@ -130,9 +132,8 @@ def self_attention(draws: Sequence[BinnedTokens], slopes: Sequence[float], mesh:
     ValueError
         If a slope or the mesh is not positive, there is no draw, or the points differ.
     """
-    slopes, mesh = [as_positive("slopes", a) for a in slopes], as_positive("mesh", mesh)
-    if not draws or not slopes:
-        raise ValueError(f"draws: expected at least one, and one slope, got {len(draws)} and {len(slopes)}")
+    slopes, mesh = [as_positive("slopes", a) for a in as_list("slopes", slopes, "slopes")], as_positive("mesh", mesh)
+    draws = [as_kind("draws", tokens, BinnedTokens) for tokens in as_list("draws", draws, "sets of tokens")]
     points = draws[0].points
     if any(not torch.equal(points, tokens.points) for tokens in draws):
         raise ValueError("draws: expected all on the same points, got others")
@@ -141,7 +142,7 @@ def self_attention(draws: Sequence[BinnedTokens], slopes: Sequence[float], mesh:
     there = torch.nn.utils.rnn.pad_sequence([torch.ones_like(tokens.outer) for tokens in draws])
     reach = max(points.abs().max().item(), outer.abs().max().item() if outer.numel() else 0.0)
     largest = max(slopes) * reach
-    tilts = torch.linspace(-largest, largest, math.ceil(4 * largest * reach / mesh) + 2, dtype=torch.float64)
+    tilts = torch.linspace(-largest, largest, _rows("slopes, mesh", 4 * largest * reach / mesh), dtype=torch.float64)
     step = tilts[1] - tilts[0]
     first, rise = _table(tilts, points, counts, outer, there)
     total = counts.sum(0) + there.sum(0)
@@ -157,6 +158,13 @@ def self_attention(draws: Sequence[BinnedTokens], slopes: Sequence[float], mesh:
         square = (counts * (inner - mean) ** 2).sum(0) + (there * (rest - mean) ** 2).sum(0)
         found.append(Moments(mean, square / total))
     return found
+
+
+def _rows(names: str, steps: float) -> int:
+    """Rows of a table of the map."""
+    if not steps <= MOST_ROWS:
+        raise ValueError(f"{names}: expected a table of at most {MOST_ROWS:,} rows, got {steps:.3g}")
+    return math.ceil(steps) + 2
 
 
 def _table(tilts, points, counts, outer, there) -> tuple[Tensor, Tensor]:
@@ -185,15 +193,26 @@ def weighted_attention(tilts: Tensor, points: Tensor, counts: Tensor, mesh: floa
     Many tilts share one table of the map, with steps of `mesh` / (range of the points), as in `self_attention`.
     """
     mesh = as_positive("mesh", mesh)
+    tilts, points, counts = (
+        as_tensor(name, part, ndim=1).double() for name, part in (("tilts", tilts), ("points", points), ("counts", counts))
+    )
+    if len(tilts) == 0 or points.shape != counts.shape:
+        raise ValueError(
+            f"tilts, points, counts: expected shapes (q,), (m,) and (m,), got "
+            f"{', '.join(str(tuple(part.shape)) for part in (tilts, points, counts))}"
+        )
+    if not (counts >= 0).all() or not counts.any():
+        raise ValueError("counts: expected numbers >= 0, one of them positive")
     low, high = tilts.min(), tilts.max()
-    rows = math.ceil(((high - low) * (points.max() - points.min())).item() / mesh) + 2
-    exact = rows >= len(tilts)  # the tilts themselves are fewer than the rows of a table
+    rows = ((high - low) * (points.max() - points.min())).item() / mesh
+    rows = _rows("tilts, points, mesh", min(rows, len(tilts)))  # more are not made
+    exact = rows >= len(tilts) or low == high  # the tilts themselves are fewer than the rows of a table
     grid = tilts if exact else torch.linspace(low.item(), high.item(), rows, dtype=torch.float64)
     kept = counts > 0
     points, logs = points[kept], counts[kept].log()
     powers = torch.stack([points**k for k in range(1, 3)], 1)
     sums = torch.cat([torch.softmax(t * points + logs, -1) @ powers for t in grid[:, None].split(_ROWS)])
-    first = sums[:, 0]
+    first = finite_answer("points, counts", sums)[:, 0]
     if exact:
         return first
     step = grid[1] - grid[0]
@@ -206,5 +225,7 @@ def weighted_attention(tilts: Tensor, points: Tensor, counts: Tensor, mesh: floa
 def influence_means(tokens: BinnedTokens, slope: float) -> tuple[float, float]:
     """Means over the tokens of the two influence functions (`rates.influence`), d = 1: of the mean and of the square."""
     form = [[as_positive("slope", slope)]]
-    first = tokens.mean(lambda y: rates.influence(y[:, None], form)[:, 0])
-    return first, tokens.mean(lambda y: rates.influence_square(y[:, None], form)[:, 0, 0])
+    as_kind("tokens", tokens, BinnedTokens)
+    with naming("slope"):
+        first = tokens.mean(lambda y: rates.influence(y[:, None], form)[:, 0])
+        return first, tokens.mean(lambda y: rates.influence_square(y[:, None], form)[:, 0, 0])

@@ -29,7 +29,18 @@ from tokcx_lib import runtime, softmax_law
 from tokcx_lib.heads import Head
 from tokcx_lib.laws import Gaussian
 from tokcx_lib.streaming import Moments, Partial, merge, prefix_moments, prefix_states, stream_states
-from tokcx_lib.validation import as_count, as_lengths, as_tokens
+from tokcx_lib.validation import (
+    as_count,
+    as_kind,
+    as_lengths,
+    as_list,
+    as_number,
+    as_tokens,
+    finite_answer,
+    naming,
+    rows_that_fit,
+    shown,
+)
 
 LOAD_POINTS = 60  # loads at which the exact law is evaluated; between them, a cubic spline in logarithms
 
@@ -46,9 +57,12 @@ def pool_moments(head: Head, pool: Tensor, alpha: float = 1.0) -> tuple[Moments,
     -------
     (half, whole) : Moments, from one pass over the pool
     """
-    pool = as_tokens("pool", pool)
+    pool, alpha = _as_tokens("pool", pool, head), as_number("alpha", alpha)
+    if len(pool) < 2:
+        raise ValueError("pool: expected at least two tokens, got one")
     q, k, v = head.project(pool)
-    mean, cov = prefix_moments(alpha * q, k, v, [len(pool) // 2, len(pool)])
+    with naming("pool"):
+        mean, cov = prefix_moments(alpha * q, k, v, [len(pool) // 2, len(pool)])
     return Moments(mean[0], cov[0]), Moments(mean[1], cov[1])
 
 
@@ -83,14 +97,32 @@ def moment_errors(
     ValueError
         If lengths do not increase, or the pool or a length is not made of whole windows.
     """
-    pool, lengths = as_tokens("pool", pool), as_lengths("lengths", lengths, most=2**40)
+    pool, lengths = _as_tokens("pool", pool, head), _as_lengths(lengths)
+    alpha, limit = as_number("alpha", alpha), _as_limit(limit, head)
     q, k, v = head.project(pool)
     rows = []
     for replicate in range(as_count("replicates", replicates)):
         drawn = _draw(head, pool, lengths, replicate, seed, window)
-        found = prefix_moments(alpha * q[drawn], k[drawn], v[drawn], lengths)
+        with naming("pool"):
+            found = prefix_moments(alpha * q[drawn], k[drawn], v[drawn], lengths)
         rows += _rows(replicate, lengths, found, limit)
     return pd.DataFrame(rows, columns=["replicate", "n", "mean_error", "cov_error"])
+
+
+def _as_tokens(name: str, tokens, head: Head) -> Tensor:
+    """Tokens (n, d) that a head reads."""
+    return as_tokens(name, tokens, as_kind("head", head, Head).W_K.shape[1]).detach()
+
+
+def _as_lengths(lengths) -> list[int]:
+    return as_lengths("lengths", lengths, most=rows_that_fit(1))
+
+
+def _as_limit(limit, head: Head) -> Moments:
+    limit = as_kind("limit", limit, Moments)
+    if limit.mean.shape != (len(head.W_V),) or limit.cov.shape != 2 * (len(head.W_V),):
+        raise ValueError(f"limit: expected moments in dimension {len(head.W_V)}, got shape {tuple(limit.mean.shape)}")
+    return limit
 
 
 def _draw(head: Head, pool: Tensor, lengths: list[int], replicate: int, seed: int, window: int = 1) -> Tensor:
@@ -113,15 +145,17 @@ def drawn_map_errors(
     DataFrame
         replicate, n and map_error: root mean square over queries of ||Gamma_n - Gamma||, Gamma over the whole pool.
     """
-    pool, lengths = as_tokens("pool", pool), as_lengths("lengths", lengths, most=2**40)
-    q = head.project(as_tokens("queries", queries, pool.shape[1]))[0]
+    pool, lengths = _as_tokens("pool", pool, head), _as_lengths(lengths)
+    q = head.project(_as_tokens("queries", queries, head).to(pool))[0]
     _, k, v = head.project(pool)
-    (limit,) = prefix_states(q, k, v, [len(pool)])
+    with naming("queries, pool"):
+        (limit,) = prefix_states(q, k, v, [len(pool)])
     rows = []
     for replicate in range(as_count("replicates", replicates)):
         drawn = _draw(head, pool, lengths, replicate, seed)
         for n, state in zip(lengths, prefix_states(q, k[drawn], v[drawn], lengths)):
-            rows.append((replicate, n, _mean_square(state.output - limit.output).sqrt().item()))
+            error = finite_answer("pool", _mean_square(state.output - limit.output).sqrt())
+            rows.append((replicate, n, error.item()))
     return pd.DataFrame(rows, columns=["replicate", "n", "map_error"])
 
 
@@ -136,10 +170,17 @@ def twin_limit(head: Head, law: Gaussian) -> Moments:
 
     The map is V (mean + cov (A x + shift)) (chapter 1), so m = V (mean + cov (A mean + shift)), C = V cov A cov A' cov V'.
     """
+    _require_twin(head, law)
     mean, cov = law.mean.double(), law.cov.double()
     A, V = head.A.to(cov), head.V.to(cov)
     slope = V @ cov @ A
     return Moments(V @ mean + slope @ mean + V @ cov @ head.shift.to(cov), slope @ cov @ slope.mT)
+
+
+def _require_twin(head: Head, law: Gaussian) -> None:
+    as_kind("head", head, Head), as_kind("law", law, Gaussian)
+    if law.dim != head.W_K.shape[1]:
+        raise ValueError(f"law: expected tokens of dimension {head.W_K.shape[1]}, which the head reads, got {law.dim}")
 
 
 def twin_errors(
@@ -147,7 +188,7 @@ def twin_errors(
 ) -> pd.DataFrame:
     """Errors of the moments of a head on Gaussian tokens: rows as those of `moment_errors`, in float32."""
     limit = twin_limit(head, law)
-    lengths = as_lengths("lengths", lengths, most=2**40)
+    lengths = as_lengths("lengths", lengths, most=rows_that_fit(law.dim))
     rows = []
     for replicate in range(as_count("replicates", replicates)):
         stream = runtime.stream(seed, head.layer, head.head, replicate)
@@ -171,10 +212,14 @@ def segment_states(heads: Sequence[Head], queries: Tensor, blocks: Iterable[Tens
     -------
     list of Partial, one a length: output (h, m, d_v), lse (h, m)
     """
-    q = torch.stack([head.project(queries)[0] for head in heads])
+    heads = [as_kind("heads", head, Head) for head in as_list("heads", heads, "heads")]
+    q = torch.stack([head.project(_as_tokens("queries", queries, head))[0] for head in heads])
+    if not isinstance(blocks, Iterable) or getattr(blocks, "ndim", 3) < 3:
+        raise ValueError(f"blocks: expected tokens (b, d), block by block, got {shown(blocks)}")
 
     def keys_and_values():
         for x in blocks:
+            x = _as_tokens("blocks", x, heads[0])
             _, k, v = zip(*(head.project(x) for head in heads))
             yield torch.stack(k), torch.stack(v)
 
@@ -200,6 +245,10 @@ def map_errors(segments: Sequence[Sequence[Partial]]) -> tuple[Tensor, Tensor]:
     ValueError
         If there are fewer than two segments.
     """
+    segments = [as_list("segments", states, "states") for states in as_list("segments", segments, "lists of states")]
+    for states in segments:
+        for state in states:
+            as_kind("segments", state, Partial)
     count = len(segments)
     if count < 2:
         raise ValueError(f"segments: expected two or more, got {count}")
@@ -241,15 +290,20 @@ def twin_map_error(head: Head, queries: Tensor, law: Gaussian, lengths: Sequence
     -------
     Array (lengths,), in units of the outputs squared
     """
+    _require_twin(head, law)
+    n = as_list("lengths", lengths, "numbers of tokens")
+    n = np.array([as_number("lengths", length, 1, softmax_law.MOST_TOKENS) for length in n])[:, None]
+    queries = _as_tokens("queries", queries, head)
     cov = law.cov.double()
     t = queries.double().to(cov.device) @ head.A.to(cov).mT + head.shift.to(cov)
     pull = t @ cov  # Sigma t, so that u' M u = |V Sigma t|^2 / s^2
     load = (pull * t).sum(-1).clamp(min=1e-12).sqrt()
+    if not load.max() <= softmax_law.MOST_TILT / 1.001:
+        raise ValueError(f"queries: expected loads up to {softmax_law.MOST_TILT:g}, got {load.max():.4g}")
     along = (pull @ head.V.to(cov).mT).square().sum(-1) / load.square()
     total = (head.V.to(cov) @ cov @ head.V.to(cov).mT).trace()
     s, along, total = load.cpu().numpy(), along.cpu().numpy(), total.item()
     grid = np.geomspace(0.999 * s.min(), 1.001 * s.max(), LOAD_POINTS)
-    n = np.asarray(list(lengths), dtype=float)[:, None]
 
     def at_loads(values: np.ndarray) -> np.ndarray:
         return np.exp(CubicSpline(np.log(grid), np.log(values), axis=1)(np.log(s)))

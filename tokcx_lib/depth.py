@@ -18,8 +18,24 @@ from torch import Tensor
 
 from tokcx_lib import binned, geometry, sweeps
 from tokcx_lib.streaming import partial_attention
-from tokcx_lib.validation import as_count, as_covariance, as_lengths, as_positive, as_square, as_tokens
+from tokcx_lib.validation import (
+    MOST_DIM,
+    as_count,
+    as_covariance,
+    as_flag,
+    as_kind,
+    as_lengths,
+    as_list,
+    as_number,
+    as_positive,
+    as_square,
+    as_tensor,
+    as_tokens,
+    finite_answer,
+    naming,
+)
 
+MOST_DEPTH = 10**4  # layers
 ROWS = 2**24  # softmax weights held at once in `moved_keys`
 MESH = 0.8  # step of the tables of scalar maps: errors of some 1e-6 of those of 10^10 tokens, against 2e-3 by 2500 bins
 
@@ -71,23 +87,25 @@ def gaussian_stack(cov, layers: Sequence[Layer], keep_trace: bool = False) -> St
     ValueError
         If `cov` is not a covariance, there is no layer, or a matrix does not match.
     """
-    cov = as_covariance("cov", cov).double()
+    cov, keep_trace = as_covariance("cov", cov).detach().double(), as_flag("keep_trace", keep_trace)
     dim, scale = len(cov), cov.trace().item()
-    if not layers:
-        raise ValueError("layers: expected at least one, got none")
+    if keep_trace and not scale > 0:
+        raise ValueError("cov: expected a covariance that is not zero, whose trace can be kept")
+    layers = [as_kind("layers", layer, Layer) for layer in as_list("layers", layers, "layers")]
     done, covs, maps = [], [cov], []
     one = torch.eye(dim, dtype=torch.float64)
     for layer in layers:
-        A, V = (as_square(name, matrix, dim).double() for name, matrix in (("A", layer.A), ("V", layer.V)))
+        named = (("layers: A", layer.A), ("layers: V", layer.V))
+        A, V = (as_square(name, matrix, dim).detach().double() for name, matrix in named)
         plain = one + V @ covs[-1] @ A
         if keep_trace:
-            gain = math.sqrt(scale / (plain @ covs[-1] @ plain.mT).trace().item())
+            gain = math.sqrt(scale / as_positive("trace of cov after layers", (plain @ covs[-1] @ plain.mT).trace().item()))
         else:
-            gain = as_positive("gain", layer.gain)
+            gain = as_positive("layers: gain", layer.gain)
         done.append(Layer(A, V, gain))
         maps.append(gain * plain)
         after = maps[-1] @ covs[-1] @ maps[-1].mT
-        covs.append((after + after.mT) / 2)
+        covs.append(finite_answer("cov, layers", (after + after.mT) / 2))
     return Stack(done, covs, maps)
 
 
@@ -96,12 +114,13 @@ def steady_stack(dim: int, depth: int, horizon: float, value: float, seed: int) 
 
     Tokens N(0, I) enter. Forms are `horizon` times `sweeps.power_law_form`, values `value` times a random rotation.
     """
-    layers = []
-    for number in range(as_count("depth", depth)):
+    layers, dim, seed = [], as_count("dim", dim, most=MOST_DIM), as_count("seed", seed, least=0, most=2**62)
+    for number in range(as_count("depth", depth, most=MOST_DEPTH)):
         form = as_positive("horizon", horizon) * sweeps.power_law_form(dim, seed + number)
         rotation = sweeps.power_law_form(dim, seed + 1000 + number, decay=0.0)
         layers.append(Layer(form, as_positive("value", value) * rotation))
-    return gaussian_stack(torch.eye(dim, dtype=torch.float64), layers, keep_trace=True)
+    with naming("horizon, value, depth"):
+        return gaussian_stack(torch.eye(dim, dtype=torch.float64), layers, keep_trace=True)
 
 
 def drifting_stack(dim: int, depth: int, horizon: float, value: float, seed: int) -> Stack:
@@ -113,7 +132,9 @@ def drifting_stack(dim: int, depth: int, horizon: float, value: float, seed: int
     form = as_positive("horizon", horizon) * sweeps.power_law_form(dim, seed)
     left, _, right = torch.linalg.svd(form)
     layer = Layer(form, as_positive("value", value) * right.mT @ left.mT)
-    return gaussian_stack(torch.eye(dim, dtype=torch.float64), [layer] * as_count("depth", depth))
+    depth = as_count("depth", depth, most=MOST_DEPTH)
+    with naming("horizon, value, depth"):
+        return gaussian_stack(torch.eye(dim, dtype=torch.float64), [layer] * depth)
 
 
 def effective_couplings(stack: Stack) -> list[float]:
@@ -127,7 +148,7 @@ def effective_couplings(stack: Stack) -> list[float]:
     the largest Psi_i (1 + Psi_j (1 + ...)) over layers i < j < ... <= l. Moments after l layers then converge like
     n^-beta, and so does every fixed query in layer l + 1, beta = min(1/2, 1 / (1 + result)).
     """
-    half, forms = geometry.root(stack.covs[0]), []
+    half, forms = geometry.root(as_kind("stack", stack, Stack).covs[0]), []
     for layer, M in zip(stack.layers, stack.maps):
         forms.append(half.mT @ layer.A @ half)
         half = M @ half
@@ -144,11 +165,19 @@ def effective_couplings(stack: Stack) -> list[float]:
     return found
 
 
+def _as_tokens(name: str, x, layer: Layer) -> Tensor:
+    """Tokens (n, d) that a layer moves."""
+    return as_tokens(name, x, len(as_square("layer: A", as_kind("layer", layer, Layer).A))).detach()
+
+
 def step(layer: Layer, x: Tensor, keys: Tensor | None = None) -> Tensor:
     """Tokens (m, d) after a layer, attending to `keys` (n, d), by default to each other."""
-    keys = x if keys is None else keys
+    x = _as_tokens("x", x, layer)
+    keys = x if keys is None else _as_tokens("keys", keys, layer).to(x)
     V, A = layer.V.to(x), layer.A.to(x)
-    return layer.gain * (x + partial_attention(x @ A.mT, keys, keys).output @ V.mT)
+    with naming("x, keys"):
+        output = partial_attention(x @ A.mT, keys, keys).output
+    return layer.gain * (x + output.to(V) @ V.mT)
 
 
 def moved_keys(layer: Layer, x: Tensor, shifts: Tensor, queries: Tensor | None = None) -> Tensor:
@@ -166,10 +195,10 @@ def moved_keys(layer: Layer, x: Tensor, shifts: Tensor, queries: Tensor | None =
     -------
     Tensor (m, d)
     """
-    x = as_tokens("x", x)
+    x, shifts = _as_tokens("x", x, layer), _as_tokens("shifts", shifts, layer).to(as_tensor("x", x))
     if shifts.shape != x.shape:
         raise ValueError(f"shifts: expected shape {tuple(x.shape)} as x, got {tuple(shifts.shape)}")
-    queries = x if queries is None else as_tokens("queries", queries, x.shape[1])
+    queries = x if queries is None else _as_tokens("queries", queries, layer).to(x)
     found = []
     for part in queries.split(max(1, ROWS // len(x))):
         tilts = part @ layer.A.to(x).mT
@@ -178,7 +207,7 @@ def moved_keys(layer: Layer, x: Tensor, shifts: Tensor, queries: Tensor | None =
         output = weights @ torch.cat([x, shifts], 1)
         gamma, carried = output.split(x.shape[1], 1)
         found.append(carried + change @ x - change.sum(1, keepdim=True) * gamma)
-    return layer.gain * torch.cat(found) @ layer.V.to(x).mT
+    return finite_answer("x, shifts, queries", layer.gain * torch.cat(found) @ layer.V.to(x).mT)
 
 
 def _size(errors: Tensor) -> float:
@@ -214,14 +243,16 @@ def stack_errors(stack: Stack, tokens: Tensor, lengths: Sequence[int], split_mos
     And of the moments: mean_error, norm of the mean of z in the same units; cov_error, Frobenius norm of the error of
     their covariance, relative to that of Sigma_l; sample_mean and sample_cov, the same of x: the error of the draw.
     """
-    tokens, lengths = as_tokens("tokens", tokens, len(stack.covs[0])), as_lengths("lengths", lengths, most=len(tokens))
+    tokens = as_tokens("tokens", tokens, len(as_kind("stack", stack, Stack).covs[0])).detach()
+    lengths, split_most = as_lengths("lengths", lengths, most=len(tokens)), as_number("split_most", split_most, finite=False)
     rows = []
     for n in lengths:
         exact = moved = tokens[:n]
         first = torch.zeros_like(exact)
         for number, (layer, M, cov) in enumerate(zip(stack.layers, stack.maps, stack.covs[1:]), 1):
             should = exact @ M.to(exact).mT
-            moved = step(layer, moved)
+            with naming("tokens"):
+                moved = step(layer, moved)
             parts = [math.nan] * 5
             unit = cov.trace().sqrt().item()
             if n <= split_most:
@@ -247,8 +278,9 @@ def _moment_errors(x: Tensor, cov: Tensor) -> tuple[float, float]:
 def scalar_stack(horizons: Sequence[float], value: float = 1.0) -> Stack:
     """Layers in one dimension whose tokens stay N(0, 1): horizon of each, V = value, gain 1 / (1 + value horizon)."""
     one = torch.eye(1, dtype=torch.float64)
-    layers = [Layer(as_positive("horizons", h) * one, as_positive("value", value) * one) for h in horizons]
-    return gaussian_stack(one, layers, keep_trace=True)
+    layers = [Layer(as_positive("horizons", h) * one, as_positive("value", value) * one) for h in as_list("horizons", horizons)]
+    with naming("horizons, value"):
+        return gaussian_stack(one, layers, keep_trace=True)
 
 
 def scalar_errors(stack: Stack, draws: Sequence[binned.BinnedTokens], probes) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,7 +299,10 @@ def scalar_errors(stack: Stack, draws: Sequence[binned.BinnedTokens], probes) ->
         probes (layers, draws, p): errors of the probes; rms (layers, draws): root mean square error of the tokens;
         mean (layers, draws): mean error of the tokens.
     """
-    probes = torch.as_tensor(probes, dtype=torch.float64)
+    probes = as_tensor("probes", probes, ndim=1).detach().double()
+    if len(as_kind("stack", stack, Stack).covs[0]) != 1 or not len(probes):
+        raise ValueError(f"stack, probes: expected one of `scalar_stack` and at least one query, got {len(probes)} queries")
+    draws = [as_kind("draws", tokens, binned.BinnedTokens) for tokens in as_list("draws", draws, "sets of tokens")]
     shape = len(stack.layers), len(draws)
     at_probes = torch.zeros(*shape, len(probes), dtype=torch.float64)
     rms, mean = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokcx_lib.streaming import Partial, merge, stream_states
-from tokcx_lib.validation import as_lengths, as_tensor
+from tokcx_lib.validation import as_kind, as_lengths, as_tensor, shown
 
 Item = TypeVar("Item")
 
@@ -60,6 +60,9 @@ def merge_ranks(state: Partial | None, q: Tensor) -> Partial:
     state : of this rank's keys; None if it has none. At least one rank must have some.
     q : (..., m, d), the queries, the same on every rank.
     """
+    if state is not None or world() == 1:
+        as_kind("state", state, Partial)
+    q = as_tensor("q", q)
     if world() == 1:
         return state
     _start()
@@ -99,6 +102,8 @@ def sharded_states(
     """
     q = as_tensor("q", q)
     lengths = as_lengths("lengths", lengths, most=2**62)
+    if not callable(blocks):
+        raise ValueError(f"blocks: expected a function of start and stop, got {shown(blocks)}")
     state = None
     for start, stop in zip([0, *lengths], lengths):
         first, last = (start + (stop - start) * part // world() for part in (rank(), rank() + 1))

@@ -18,7 +18,17 @@ from torch import Tensor
 
 from tokcx_lib import architectures, subsampled
 from tokcx_lib.heads import TextModel, heads, tokenize
-from tokcx_lib.validation import as_count, as_matrix, as_tensor
+from tokcx_lib.validation import (
+    as_count,
+    as_mask,
+    as_matrix,
+    as_number,
+    as_tensor,
+    as_tokens,
+    as_vectors,
+    as_wide,
+    shown,
+)
 
 
 class Collection(NamedTuple):
@@ -95,7 +105,8 @@ def article_embeddings(model: TextModel, collection: Collection, batch: int = 64
 
 def nearest(embeddings: Tensor, index: Tensor) -> Tensor:
     """The article with the largest cosine, for unit vectors (..., d) and an index of unit vectors (articles, d)."""
-    return (embeddings @ index.mT).argmax(-1)
+    index = as_tokens("index", index)
+    return (as_vectors("embeddings", embeddings, index.shape[1]).to(index) @ index.mT).argmax(-1)
 
 
 def critical_distances(embeddings: Tensor, index: Tensor, count: int = 8) -> Tensor:
@@ -115,8 +126,9 @@ def critical_distances(embeddings: Tensor, index: Tensor, count: int = 8) -> Ten
     Tensor (q, count)
         In increasing order. A vector that moves by less than the first of them keeps its nearest article.
     """
-    index = as_tensor("index", index, ndim=2)
-    embeddings = as_matrix("embeddings", embeddings, index.shape[1])
+    index = as_wide("index", as_tokens("index", index))
+    embeddings = as_matrix("embeddings", embeddings, index.shape[1]).to(index)
+    count = as_count("count", count)
     if len(index) < 2:
         raise ValueError(f"index: expected at least two articles, got {len(index)}")
     scores = embeddings @ index.mT
@@ -142,7 +154,11 @@ def flip_rate(critical, error, share: float):
     critical, error = as_tensor("critical", critical), as_tensor("error", error)
     if (error < 0).any():
         raise ValueError(f"error: expected numbers >= 0, got {error.min().item():.3g}")
-    if not 0 < share <= 1:
+    if critical.ndim != error.ndim + 1 or critical.shape[:-1] != error.shape:
+        raise ValueError(
+            f"critical: expected distances for each error, shape (*{tuple(error.shape)}, competitors), got {tuple(critical.shape)}"
+        )
+    if not 0 < as_number("share", share) <= 1:
         raise ValueError(f"share: expected a number above 0 and at most 1, got {share}")
     ratio = critical / (share * error)[..., None]  # infinite where there is no error
     return 1 - torch.special.ndtr(ratio).prod(-1)
@@ -199,6 +215,16 @@ def state_errors(states: Sequence[Tensor], whole: Sequence[Tensor], text: Tensor
     ----------
     states, whole : as `Encoded.states`, with some keys and with all; text : bool (b, width), which tokens count.
     """
+    text, lists = as_mask("text", text), {"states": states, "whole": whole}
+    for name, part in lists.items():
+        if not isinstance(part, (list, tuple)) or len(part) < 2:
+            raise ValueError(f"{name}: expected tensors (b, width, d), of the input and of each layer, got {shown(part)}")
+        lists[name] = [as_tensor(name, x, ndim=3) for x in part]
+        if any(x.shape[:2] != text.shape for x in lists[name]):
+            raise ValueError(f"{name}: expected shapes (b, width, d) with text (b, width), got {tuple(part[0].shape)}")
+    states, whole = lists.values()
+    if [x.shape for x in states] != [x.shape for x in whole]:
+        raise ValueError(f"states: expected {len(whole)} layers of the shapes in whole, got {len(states)}")
     share = text.to(whole[0]) / text.sum(-1, keepdim=True)
     errors = []
     for mine, true in zip(states[1:], whole[1:]):

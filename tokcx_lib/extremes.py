@@ -15,12 +15,12 @@ from scipy.special import chdtri, ndtri_exp
 from torch import Tensor
 
 from tokcx_lib import runtime
-from tokcx_lib.validation import as_count, as_tokens
+from tokcx_lib.validation import MOST_DIM, as_count, as_number, as_tokens, finite_answer, rows_that_fit
 
 
 def _as_number_of_tokens(n, least: int) -> float:
-    number = float(n)
-    if not least <= number < math.inf or number != math.floor(number):
+    number = as_number("n", n, least)
+    if number != math.floor(number):
         raise ValueError(f"n: expected an integer >= {least}, got {n}")
     return number
 
@@ -42,7 +42,7 @@ def sample_extremes(n: int, replicates: int, generator=None) -> Tensor:
 
     Source: classical (order statistics of a sample).
     """
-    n, replicates = _as_number_of_tokens(n, least=2), as_count("replicates", replicates)
+    n, replicates = _as_number_of_tokens(n, least=2), as_count("replicates", replicates, most=rows_that_fit(8))
     stream = runtime.generator(generator)
     u = torch.rand(replicates, 2, generator=stream, dtype=torch.float64, device=stream.device).cpu().numpy()
     log_u = np.log1p(-u) / [n, n - 1]  # 1 - u is never 0
@@ -68,7 +68,8 @@ def outer_tokens(n: int, dim: int, count: int, generator=None) -> Tensor:
 
     Source: classical (Rényi's representation of order statistics).
     """
-    dim, count = as_count("dim", dim), as_count("count", count)
+    dim = as_count("dim", dim, most=MOST_DIM)
+    count = as_count("count", count, most=rows_that_fit(2 * dim))
     n = _as_number_of_tokens(n, least=count)
     stream = runtime.generator(generator)
     z = torch.randn(count, dim, generator=stream, dtype=torch.float64, device=stream.device)
@@ -103,10 +104,10 @@ def steiner_point(tokens) -> Tensor:
 
     Source: classical (convex geometry); chapter 4.
     """
-    tokens = as_tokens("tokens", tokens).double()
+    tokens = as_tokens("tokens", tokens).detach().double()
     n, dim = tokens.shape
     if dim == 1:
-        return (tokens.amax(0) + tokens.amin(0)) / 2
+        return finite_answer("tokens", tokens.amax(0) + tokens.amin(0)) / 2
     if dim != 2 or n < 3 or torch.linalg.matrix_rank(tokens - tokens[0]) < 2:
         raise ValueError(f"tokens: expected shape (n, 1), or (n, 2) with a triangle in it, got {tuple(tokens.shape)}")
     points = tokens.cpu().numpy()
@@ -139,9 +140,10 @@ def steiner_estimate(tokens, frames: int, generator=None) -> Tensor:
     Source: classical (convex geometry); chapter 4.
     """
     tokens = as_tokens("tokens", tokens).double()
-    dim, frames = tokens.shape[1], as_count("frames", frames)
+    dim = tokens.shape[1]
+    frames = as_count("frames", frames, most=rows_that_fit(3 * dim**2))
     stream = runtime.generator(generator)
     z = torch.randn(frames, dim, dim, generator=stream, dtype=torch.float64, device=stream.device)
     u = torch.linalg.qr(z).Q.mT.reshape(-1, dim).to(tokens)
     heights = u @ tokens.mT
-    return ((heights.amax(1) + heights.amin(1)) / 2) @ u / frames
+    return finite_answer("tokens", ((heights.amax(1) + heights.amin(1)) / 2) @ u / frames)

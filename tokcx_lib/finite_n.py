@@ -28,17 +28,14 @@ from scipy.special import gammaln, log_ndtr, ndtr, ndtri_exp
 
 from tokcx_lib.moment_bias import second_moment_bias  # noqa: F401
 from tokcx_lib.softmax_law import MOST_TILT, MOST_TOKENS, map_error, softmax_moments  # noqa: F401
-from tokcx_lib.validation import as_count, as_positive
+from tokcx_lib.validation import MOST_DIM, as_array, as_broadcast, as_count, as_number, as_positive
 
 _PANEL = 0.025  # distribution functions of extremes rise over about 1/sqrt(2 ln n): panels that follow this to n = 10^300
 _SUM_ALL = 2_000  # up to this n, self-attention sums over every number of positive tokens
 
 
 def _as_number_of_tokens(n) -> float:
-    number = float(n)
-    if not 1 <= number < math.inf:
-        raise ValueError(f"n: expected a finite number >= 1, got {n}")
-    return number
+    return as_number("n", n, least=1)
 
 
 class TokenBudget(NamedTuple):
@@ -61,16 +58,8 @@ def token_budget(load: float) -> TokenBudget:
 
     Source: chapter 9; the transition of the random energy model (Bovier, Kurkova, Loewe 2002).
     """
-    number = _as_load(load)
-    square = number * number
+    square = min(as_number("load", load, least=0), 1e150) ** 2
     return TokenBudget(*(math.exp(x) if x < 709 else math.inf for x in (square / 2, 2 * square)))
-
-
-def _as_load(load) -> float:
-    number = float(load)
-    if not 0 <= number < math.inf:
-        raise ValueError(f"load: expected a finite number >= 0, got {load}")
-    return number
 
 
 def relative_error(n, load) -> np.ndarray:
@@ -93,10 +82,10 @@ def relative_error(n, load) -> np.ndarray:
 
     Source: chapter 9.
     """
-    load = np.asarray(load, dtype=float)
-    if not ((load > 0) & (load <= MOST_TILT)).all():
-        shown = load if load.ndim == 0 else load.ravel()[:8]
-        raise ValueError(f"load: expected positive numbers up to {MOST_TILT:g}, got {shown}")
+    load = as_array("load", load, most=MOST_TILT)
+    if not (load > 0).all():
+        raise ValueError(f"load: expected positive numbers, got {load if load.ndim == 0 else load.ravel()[:8]}")
+    as_broadcast("n, load", as_array("n", n), load)
     return np.sqrt(map_error(n, load)) / load
 
 
@@ -121,7 +110,7 @@ def sample_complexity(load: float, error: float) -> float:
 
     Source: chapter 9.
     """
-    load, error = as_positive("load", load), as_positive("error", error)
+    load, error = as_positive("load", load, most=MOST_TILT), as_positive("error", error)
 
     def excess(log_n: float) -> float:
         return float(np.log(relative_error(math.exp(log_n), load))) - math.log(error)
@@ -193,9 +182,7 @@ def midrange_cdf(n: float, m, sigma: float = 1.0) -> np.ndarray:
     Source: classical; the minimum is at x, and all other tokens lie between x and 2m - x.
     """
     n, sigma = _as_number_of_tokens(n), as_positive("sigma", sigma)
-    m = np.asarray(m, dtype=float) / sigma
-    if np.isnan(m).any():
-        raise ValueError("m: expected numbers, got NaN")
+    m = as_array("m", m, finite=False) / sigma
     lower = np.array([_midrange_tail(n, value) for value in np.abs(m).reshape(-1)]).reshape(m.shape)
     return np.where(m > 0, 1 - lower, lower)
 
@@ -226,9 +213,7 @@ def expected_abs_hardmax(n: int, sigma: float = 1.0) -> float:
 
     Source: chapter 4.
     """
-    if _as_number_of_tokens(n) != int(n):
-        raise ValueError(f"n: expected an integer >= 1, got {n}")
-    n, sigma = float(n), as_positive("sigma", sigma)
+    n, sigma = float(as_count("n", n, most=10**300)), as_positive("sigma", sigma)
     if n <= _SUM_ALL:
         k = np.arange(n + 1)
         weight = np.exp(gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1) - n * math.log(2))
@@ -267,7 +252,7 @@ def expected_square_hardmax(n: float, dim: int) -> float:
 
     Source: chapter 4.
     """
-    n, dim = _as_number_of_tokens(n), as_count("dim", dim)
+    n, dim = _as_number_of_tokens(n), as_count("dim", dim, most=MOST_DIM)
     theta, weight, same = _same_token(n)
     log_constant = gammaln(dim / 2 + 1) - gammaln((dim + 1) / 2) - math.log(math.pi) / 2
     return dim * float((weight * np.exp(dim * np.log(np.sin(theta)) + log_constant)) @ same)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from tokcx_lib.validation import as_count
+from tokcx_lib.validation import as_count, as_flag, as_kind, as_list, as_number, rows_that_fit, shown
 
 
 class Slope(NamedTuple):
@@ -72,7 +72,7 @@ def fit_slope(
     -----
     With two or three replicates the interval is the whole line, unless they agree to rounding.
     """
-    sample = _resample(table, error, resamples, seed)
+    sample, weighted = _resample(table, error, resamples, seed), as_flag("weighted", weighted)
     lines = [_coefficients(sample, 1, weighted)]
     if len(sample.log_n) > 2:
         # error = exp(.. + c log(n)^2) has the local exponent .. - 2 c log(n).
@@ -90,7 +90,10 @@ def fit_slopes(table: pd.DataFrame, error: str, by: str | Sequence[str], **optio
     by : column, or columns, that name the groups.
     options : as for `fit_slope`.
     """
-    by = [by] if isinstance(by, str) else list(by)
+    by = [by] if isinstance(by, str) else as_list("by", by, "names of columns")
+    as_kind("table", table, pd.DataFrame)
+    for name in by:
+        _require_column("by", table, name)
     rows = []
     for key, part in table.groupby(by):
         slope = fit_slope(part, error, **options)
@@ -136,16 +139,32 @@ class _Sample(NamedTuple):
 
 
 def _resample(table: pd.DataFrame, error: str, resamples: int, seed: int) -> _Sample:
+    as_kind("table", table, pd.DataFrame)
+    _require_column("table", table, "replicate"), _require_column("table", table, "n")
+    _require_column("error", table, error)
+    if table.duplicated(["replicate", "n"]).any():
+        others = [name for name in table if name not in ("replicate", "n", error)]
+        raise ValueError(
+            "table: expected one row for each replicate and n, got several; take the rows of one setting, or `fit_slopes` "
+            f"with `by`, such as one of {others}"
+        )
     grid = table.pivot(index="replicate", columns="n", values=error)
     if grid.shape[0] < 2 or grid.shape[1] < 2 or grid.isna().any(axis=None):
         raise ValueError(f"table: expected two or more replicates of two or more n, all present, got {grid.shape}")
-    errors, log_n = grid.to_numpy(dtype=float), np.log(grid.columns.to_numpy(dtype=float))
+    try:
+        errors, n = grid.to_numpy(dtype=float), grid.columns.to_numpy(dtype=float)
+    except (TypeError, ValueError) as problem:
+        raise ValueError(f"table: expected numbers in n and {error!r}, got others ({problem})") from problem
+    if not (n > 0).all():
+        raise ValueError(f"table: expected positive n, got {n.min():g}")
+    log_n = np.log(n)
     centre = errors.mean(0)
     if not (np.isfinite(centre) & (centre > 0)).all():
         raise ValueError(f"table: expected finite errors with positive means in {error!r}, got means {centre}")
     count = len(errors)
-    rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(count, np.full(count, 1 / count), size=as_count("resamples", resamples))
+    resamples = as_count("resamples", resamples, most=rows_that_fit(count + 4 * len(log_n) ** 2))
+    rng = np.random.default_rng(as_count("seed", seed, least=0, most=2**128))
+    drawn = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
     shares = np.concatenate([np.ones((1, count)), drawn]) / count
     apart = errors / centre - 1
     shift = shares @ apart
@@ -156,6 +175,11 @@ def _resample(table: pd.DataFrame, error: str, resamples: int, seed: int) -> _Sa
     if (scale <= 0).any():
         raise ValueError(f"table: expected positive errors in {error!r}, got means that vanish in resamples")
     return _Sample(log_n, centre * scale, covs / (scale[:, :, None] * scale[:, None, :]))
+
+
+def _require_column(name: str, table: pd.DataFrame, column) -> None:
+    if not isinstance(column, str) or column not in table:
+        raise ValueError(f"{name}: expected a column {shown(column)} in the table, which has {list(table)}")
 
 
 def _coefficients(sample: _Sample, degree: int, weighted: bool) -> np.ndarray:
@@ -176,7 +200,7 @@ def _coefficients(sample: _Sample, degree: int, weighted: bool) -> np.ndarray:
 
 def _studentised(sample: _Sample, lines: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Value, standard error and margin of linear functions (..., functions, lengths) of the log means."""
-    if not 0 < level < 1:
+    if not 0 < as_number("level", level) < 1:
         raise ValueError(f"level: expected a number between 0 and 1, got {level}")
     values = (lines @ np.log(sample.means)[:, :, None])[..., 0]
     lines = np.broadcast_to(lines, (*values.shape, lines.shape[-1]))

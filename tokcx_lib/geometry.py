@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokcx_lib.validation import as_covariance, as_square, as_vectors
+from tokcx_lib.validation import as_choice, as_covariance, as_number, as_square, as_vector, as_vectors, finite_answer
 
 SIDES = ("one", "two")
 
@@ -27,11 +27,6 @@ def root(cov) -> Tensor:
     cov = as_covariance("cov", cov)
     values, vectors = torch.linalg.eigh(cov)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
-
-
-def _require_side(sided: str) -> None:
-    if sided not in SIDES:
-        raise ValueError(f"sided: expected 'one' or 'two', got {sided!r}")
 
 
 def reach(cov) -> float:
@@ -53,10 +48,11 @@ def horizon(A, cov, sided: str = "two") -> float:
     ValueError
         If `cov` is not a covariance, `A` does not match it, or `sided` is neither "one" nor "two".
     """
-    _require_side(sided)
+    as_choice("sided", sided, SIDES)
     half = root(cov)
     B = half @ as_square("A", A, half.shape[0]).to(half)
-    return torch.linalg.matrix_norm(B @ half if sided == "two" else B, 2).item()
+    B = finite_answer("A, cov", B @ half if sided == "two" else B)
+    return torch.linalg.matrix_norm(B, 2).item()
 
 
 def coupling(A, cov, sided: str = "two") -> float:
@@ -64,8 +60,8 @@ def coupling(A, cov, sided: str = "two") -> float:
 
     Parameters and errors as for `horizon`.
     """
-    squared = horizon(A, cov, sided) ** 2
-    return squared if sided == "two" else reach(cov) * squared
+    squared = as_number("horizon of A and cov", horizon(A, cov, sided), most=1e150) ** 2
+    return squared if sided == "two" else as_number("coupling of A and cov", reach(cov) * squared)
 
 
 def load(x, A, cov, shift=None) -> Tensor:
@@ -90,5 +86,5 @@ def load(x, A, cov, shift=None) -> Tensor:
     dim = cov.shape[0]
     t = as_vectors("x", x, dim).to(cov) @ as_square("A", A, dim).to(cov).mT
     if shift is not None:
-        t = t + as_vectors("shift", shift, dim).to(cov)
-    return ((t @ cov) * t).sum(-1).clamp(min=0).sqrt()
+        t = t + as_vector("shift", shift, dim).to(cov)
+    return finite_answer("x, A, cov, shift", ((t @ cov) * t).sum(-1).clamp(min=0).sqrt())

@@ -17,7 +17,19 @@ from torch import Tensor
 from tokcx_lib import runtime
 from tokcx_lib.heads import Head
 from tokcx_lib.streaming import prefix_states
-from tokcx_lib.validation import as_count, as_lengths, as_tokens
+from tokcx_lib.validation import (
+    as_count,
+    as_kind,
+    as_lengths,
+    as_list,
+    as_matrix,
+    as_tensor,
+    as_tokens,
+    finite_answer,
+    naming,
+    rows_that_fit,
+    shown,
+)
 
 
 class Limits(NamedTuple):
@@ -30,19 +42,40 @@ class Limits(NamedTuple):
     spread: float
 
 
+def _inputs(heads, outputs, queries, pool) -> tuple[list[Head], list[Tensor], Tensor, Tensor]:
+    """Heads of one layer, their W_O, queries and pool, checked."""
+    heads = [as_kind("heads", head, Head) for head in as_list("heads", heads, "heads")]
+    dim = heads[0].W_K.shape[1]
+    outputs = _as_outputs(outputs, [len(head.W_V) for head in heads])
+    pool = as_tokens("pool", pool, dim).detach()
+    return heads, outputs, as_tokens("queries", queries, dim).detach().to(pool), pool
+
+
+def _as_outputs(outputs, sizes: list[int]) -> list[Tensor]:
+    if isinstance(outputs, Tensor) and outputs.ndim == 3:
+        outputs = outputs.unbind()
+    if not isinstance(outputs, (list, tuple)) or len(outputs) != len(sizes):
+        raise ValueError(f"outputs: expected a matrix W_O for each of {len(sizes)} heads, got {shown(outputs)}")
+    found = [as_matrix("outputs", W, columns=size).detach() for W, size in zip(outputs, sizes)]
+    if len({len(W) for W in found}) > 1:
+        raise ValueError(f"outputs: expected matrices into one space, got shapes {[tuple(W.shape) for W in found]}")
+    return found
+
+
 def _projected(heads: Sequence[Head], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.stack(parts) for parts in zip(*(head.project(x) for head in heads)))
 
 
 def pool_limits(heads: Sequence[Head], outputs: Sequence[Tensor], queries: Tensor, pool: Tensor) -> Limits:
     """Attention of queries (m, d) over a whole pool (N, d), for heads of one layer; `outputs`: W_O of each (d, d_v)."""
-    pool = as_tokens("pool", pool)
-    q = _projected(heads, as_tokens("queries", queries, pool.shape[1]))[0]
+    heads, outputs, queries, pool = _inputs(heads, outputs, queries, pool)
+    q = _projected(heads, queries)[0]
     _, k, v = _projected(heads, pool)
-    (state,) = prefix_states(q, k, v, [len(pool)])
+    with naming("queries, pool"):
+        (state,) = prefix_states(q, k, v, [len(pool)])
     total = sum(o @ w.to(o).mT for o, w in zip(state.output, outputs, strict=True))
-    spread = (total - total.mean(0)).double().square().sum(-1).mean().sqrt().item()
-    return Limits(state.output, spread)
+    spread = finite_answer("pool, outputs", (total - total.mean(0)).double().square().sum(-1).mean().sqrt())
+    return Limits(state.output, spread.item())
 
 
 def gram(errors: Tensor, outputs: Sequence[Tensor]) -> Tensor:
@@ -52,8 +85,12 @@ def gram(errors: Tensor, outputs: Sequence[Tensor]) -> Tensor:
     ----------
     errors : (h, m, d_v), before W_O; outputs : W_O of each head, (d, d_v).
     """
+    errors = as_tensor("errors", errors, ndim=3)
+    if 0 in errors.shape:
+        raise ValueError(f"errors: expected shape (h, m, d_v), none zero, got {tuple(errors.shape)}")
+    outputs = _as_outputs(outputs, len(errors) * [errors.shape[2]])
     after = torch.stack([e.double() @ w.to(e.device).double().mT for e, w in zip(errors, outputs, strict=True)])
-    return torch.einsum("hmd,gmd->hg", after, after) / after.shape[1]
+    return finite_answer("errors, outputs", torch.einsum("hmd,gmd->hg", after, after) / after.shape[1])
 
 
 def gram_errors(
@@ -79,15 +116,19 @@ def gram_errors(
     Tensor (replicates, lengths, h, h), float64. The square of the layer's error is the sum of all entries; those of its
     heads are on the diagonal.
     """
-    pool, lengths = as_tokens("pool", pool), as_lengths("lengths", lengths, most=2**40)
-    q = _projected(heads, as_tokens("queries", queries, pool.shape[1]))[0]
+    heads, outputs, queries, pool = _inputs(heads, outputs, queries, pool)
+    lengths = as_lengths("lengths", lengths, most=rows_that_fit(pool.shape[1]))
+    q = _projected(heads, queries)[0]
+    if as_kind("limits", limits, Limits).outputs.shape != (*q.shape[:2], outputs[0].shape[1]):
+        raise ValueError(f"limits: expected those of these heads and queries, got shape {tuple(limits.outputs.shape)}")
     found = []
     for replicate in range(as_count("replicates", replicates)):
         stream = runtime.stream(seed, heads[0].layer, replicate)
         drawn = pool[torch.randint(len(pool), (lengths[-1],), generator=stream).to(pool.device)]
         _, k, v = _projected(heads, drawn)
         states = prefix_states(q, k, v, lengths)
-        found.append(torch.stack([gram(state.output - limits.outputs, outputs) for state in states]))
+        with naming("queries, pool"):
+            found.append(torch.stack([gram(state.output - limits.outputs, outputs) for state in states]))
     return torch.stack(found).cpu()
 
 
@@ -101,8 +142,7 @@ def first_order_gram(heads: Sequence[Head], outputs: Sequence[Tensor], queries: 
     ----------
     heads : of one layer; outputs : their W_O; queries : (m, d); pool : (N, d). Memory grows like h d_v N.
     """
-    pool = as_tokens("pool", pool)
-    queries = as_tokens("queries", queries, pool.shape[1])
+    heads, outputs, queries, pool = _inputs(heads, outputs, queries, pool)
     q = _projected(heads, queries)[0].double()
     _, k, v = (part.double() for part in _projected(heads, pool))
     W = torch.stack([w.double() for w in outputs]).to(v)
@@ -115,7 +155,7 @@ def first_order_gram(heads: Sequence[Head], outputs: Sequence[Tensor], queries: 
         pulls = (weights[..., None] * gap).movedim(0, 1).reshape(len(pool), -1)  # (N, h d_v)
         cross = (pulls.mT @ pulls).reshape(count, size, count, size)
         total += len(pool) * torch.einsum("hagb,hgab->hg", cross, inner)
-    return total / q.shape[1]
+    return finite_answer("pool, queries, outputs", total / q.shape[1])
 
 
 def correlation(grams: Tensor) -> Tensor:
@@ -125,6 +165,11 @@ def correlation(grams: Tensor) -> Tensor:
     ----------
     grams : (replicates, ..., h, h), of `gram_errors`.
     """
-    mean = grams.mean(0)
+    grams = as_tensor("grams", grams)
+    if grams.ndim < 3 or grams.shape[-1] != grams.shape[-2] or 0 in grams.shape:
+        raise ValueError(f"grams: expected shape (replicates, ..., h, h), none zero, got {tuple(grams.shape)}")
+    mean = finite_answer("grams", grams.mean(0))
     size = mean.diagonal(dim1=-2, dim2=-1).sqrt()
+    if not (size > 0).all():
+        raise ValueError("grams: expected positive mean squares on the diagonal")
     return mean / (size[..., :, None] * size[..., None, :])

@@ -22,7 +22,19 @@ from scipy.special import hyp0f1
 from torch import Tensor
 
 from tokcx_lib import runtime
-from tokcx_lib.validation import as_count, as_covariance, as_positive, as_tensor, as_tokens, as_vectors
+from tokcx_lib.validation import (
+    MOST_DIM,
+    as_count,
+    as_covariance,
+    as_number,
+    as_positive,
+    as_tensor,
+    as_tokens,
+    as_vector,
+    as_vectors,
+    finite_answer,
+    rows_that_fit,
+)
 
 
 class Law(Protocol):
@@ -42,16 +54,31 @@ class Law(Protocol):
 
 
 def _normal(n: int, dim: int, generator) -> Tensor:
-    stream = runtime.generator(generator)
-    return torch.randn(as_count("n", n), dim, generator=stream, dtype=torch.float64, device=stream.device)
+    stream, n = runtime.generator(generator), as_count("n", n, most=rows_that_fit(dim))
+    return torch.randn(n, dim, generator=stream, dtype=torch.float64, device=stream.device)
 
 
 def _uniform(n: int, dim: int, generator) -> Tensor:
-    stream = runtime.generator(generator)
-    return torch.rand(as_count("n", n), dim, generator=stream, dtype=torch.float64, device=stream.device)
+    stream, n = runtime.generator(generator), as_count("n", n, most=rows_that_fit(dim))
+    return torch.rand(n, dim, generator=stream, dtype=torch.float64, device=stream.device)
 
 
-class Gaussian:
+class _Tilted:
+    """The public functions of a tilt t: the checks around a law's own `_log_mgf`, `_tilted_mean` and `_tilted_cov`."""
+
+    dim: int
+
+    def log_mgf(self, t) -> Tensor:
+        return finite_answer("t", self._log_mgf(as_vectors("t", t, self.dim)))
+
+    def tilted_mean(self, t) -> Tensor:
+        return finite_answer("t", self._tilted_mean(as_vectors("t", t, self.dim)))
+
+    def tilted_cov(self, t) -> Tensor:
+        return finite_answer("t", self._tilted_cov(as_vectors("t", t, self.dim)))
+
+
+class Gaussian(_Tilted):
     """N(mean, cov): K(t) = <t, mean> + t'cov t / 2; the tilt only shifts the mean, by cov t (chapter 1).
 
     Parameters
@@ -69,7 +96,7 @@ class Gaussian:
         cov = as_tensor("cov", cov)
         self.cov = as_covariance("cov", cov.reshape(1, 1) if cov.ndim == 0 else cov)
         self.dim = self.cov.shape[0]
-        self.mean = self.cov.new_zeros(self.dim) if mean is None else as_vectors("mean", mean, self.dim).to(self.cov)
+        self.mean = self.cov.new_zeros(self.dim) if mean is None else as_vector("mean", mean, self.dim).to(self.cov)
         values, vectors = torch.linalg.eigh(self.cov.double())
         self._root = vectors * values.clamp(min=0).sqrt()  # cov = root root'
 
@@ -77,16 +104,13 @@ class Gaussian:
         z = _normal(n, self.dim, generator)
         return self.mean.to(z) + z @ self._root.to(z).mT
 
-    def log_mgf(self, t) -> Tensor:
-        t = as_vectors("t", t, self.dim)
+    def _log_mgf(self, t: Tensor) -> Tensor:
         return t @ self.mean.to(t) + ((t @ self.cov.to(t)) * t).sum(-1) / 2
 
-    def tilted_mean(self, t) -> Tensor:
-        t = as_vectors("t", t, self.dim)
+    def _tilted_mean(self, t: Tensor) -> Tensor:
         return self.mean.to(t) + t @ self.cov.to(t)
 
-    def tilted_cov(self, t) -> Tensor:
-        t = as_vectors("t", t, self.dim)
+    def _tilted_cov(self, t: Tensor) -> Tensor:
         return self.cov.to(t).expand(*t.shape[:-1], self.dim, self.dim)
 
 
@@ -109,7 +133,7 @@ class SerialGaussian(Gaussian):
 
     def __init__(self, cov, correlation: float):
         super().__init__(cov)
-        if not -1 < correlation < 1:
+        if not -1 < as_number("correlation", correlation) < 1:
             raise ValueError(f"correlation: expected a number strictly between -1 and 1, got {correlation}")
         self.correlation = float(correlation)
 
@@ -120,13 +144,13 @@ class SerialGaussian(Gaussian):
         return torch.as_tensor(found).to(steps)
 
 
-class _Independent:
+class _Independent(_Tilted):
     """Independent coordinates, each with the same symmetric law of variance `_variance`."""
 
     _variance: float
 
     def __init__(self, dim: int):
-        self.dim = as_count("dim", dim)
+        self.dim = as_count("dim", dim, most=MOST_DIM)
         self.mean = torch.zeros(self.dim, dtype=torch.float64)
         self.cov = self._variance * torch.eye(self.dim, dtype=torch.float64)
 
@@ -135,14 +159,14 @@ class _Independent:
         """K, K' and K'' of one coordinate."""
         raise NotImplementedError
 
-    def log_mgf(self, t) -> Tensor:
-        return self._derivatives(as_vectors("t", t, self.dim))[0].sum(-1)
+    def _log_mgf(self, t: Tensor) -> Tensor:
+        return self._derivatives(t)[0].sum(-1)
 
-    def tilted_mean(self, t) -> Tensor:
-        return self._derivatives(as_vectors("t", t, self.dim))[1]
+    def _tilted_mean(self, t: Tensor) -> Tensor:
+        return self._derivatives(t)[1]
 
-    def tilted_cov(self, t) -> Tensor:
-        return torch.diag_embed(self._derivatives(as_vectors("t", t, self.dim))[2])
+    def _tilted_cov(self, t: Tensor) -> Tensor:
+        return torch.diag_embed(self._derivatives(t)[2])
 
 
 class Rademacher(_Independent):
@@ -205,7 +229,7 @@ def _log_0f1(b: float, r: np.ndarray) -> np.ndarray:
     return value
 
 
-class _Spherical:
+class _Spherical(_Tilted):
     """Rotation-invariant laws whose log-MGF is log 0F1(; nu + 1; r^2/4) with r = radius |t|.
 
     The sphere in dimension d has nu = d/2 - 1. The ball has nu = d/2: it is the shadow of the sphere in d + 2
@@ -213,8 +237,8 @@ class _Spherical:
     """
 
     def __init__(self, dim: int, radius: float, nu: float):
-        self.dim = as_count("dim", dim)
-        self.radius = as_positive("radius", radius)
+        self.dim = dim
+        self.radius = as_positive("radius", radius, most=1e150)
         self._nu = nu
         self.mean = torch.zeros(self.dim, dtype=torch.float64)
         self.cov = self.radius**2 / (2 * nu + 2) * torch.eye(self.dim, dtype=torch.float64)
@@ -224,23 +248,21 @@ class _Spherical:
 
         d/dr 0F1(; b; r^2/4) = (r / 2b) 0F1(; b+1; r^2/4), so K'(r)/r needs one more value of the same function.
         """
-        r = self.radius * torch.linalg.vector_norm(t.detach().double().cpu(), dim=-1).numpy().reshape(t.shape[:-1])
+        length = finite_answer("t", torch.linalg.vector_norm(t.detach().double().cpu(), dim=-1))
+        r = self.radius * length.numpy().reshape(t.shape[:-1])
         b = self._nu + 1
         k = _log_0f1(b, np.atleast_1d(r)).reshape(r.shape)
         k_next = _log_0f1(b + 1, np.atleast_1d(r)).reshape(r.shape)
         return r, k, np.exp(k_next - k) / (2 * b)
 
-    def log_mgf(self, t) -> Tensor:
-        t = as_vectors("t", t, self.dim)
+    def _log_mgf(self, t: Tensor) -> Tensor:
         return torch.as_tensor(self._radial(t)[1]).to(t)
 
-    def tilted_mean(self, t) -> Tensor:
-        t = as_vectors("t", t, self.dim)
+    def _tilted_mean(self, t: Tensor) -> Tensor:
         return self.radius**2 * torch.as_tensor(self._radial(t)[2]).to(t)[..., None] * t
 
-    def tilted_cov(self, t) -> Tensor:
+    def _tilted_cov(self, t: Tensor) -> Tensor:
         # With k1 = K'(r)/r: K'' = 1 - (r k1)^2 - (2 nu + 1) k1, the Riccati equation of the Bessel ratio.
-        t = as_vectors("t", t, self.dim)
         r, _, k1 = self._radial(t)
         k2 = 1 - (r * k1) ** 2 - (2 * self._nu + 1) * k1
         excess = torch.as_tensor(self.radius**2 * (k2 - k1)).to(t)[..., None, None]
@@ -257,7 +279,8 @@ class UniformSphere(_Spherical):
     """
 
     def __init__(self, dim: int, radius: float = 1.0):
-        super().__init__(as_count("dim", dim, least=2), radius, nu=dim / 2 - 1)
+        dim = as_count("dim", dim, least=2, most=MOST_DIM)
+        super().__init__(dim, radius, nu=dim / 2 - 1)
 
     def sample(self, n: int, generator=None) -> Tensor:
         return self.radius * torch.nn.functional.normalize(_normal(n, self.dim, generator), dim=-1)
@@ -267,6 +290,7 @@ class UniformBall(_Spherical):
     """Uniform on the ball of a given radius in R^dim: the formulas of the sphere with d + 2 in place of d."""
 
     def __init__(self, dim: int, radius: float = 1.0):
+        dim = as_count("dim", dim, most=MOST_DIM)
         super().__init__(dim, radius, nu=dim / 2)
 
     def sample(self, n: int, generator=None) -> Tensor:
@@ -275,7 +299,7 @@ class UniformBall(_Spherical):
         return self.radius * z[:, : self.dim].contiguous()
 
 
-class _Mixture:
+class _Mixture(_Tilted):
     """Means, covariances and log-MGFs of components, combined with softmax weights after tilting."""
 
     def _combine(self, log_weights: Tensor, means: Tensor, covs: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -313,12 +337,13 @@ class GaussianMixture(_Mixture):
         count, self.dim = self.means.shape
         self.weights = _as_weights(weights, count, self.means)
         covs = as_tensor("covs", covs).double()
-        covs = covs.expand(count, -1, -1) if covs.ndim == 2 else covs
+        covs = covs.expand(count, *covs.shape) if covs.ndim == 2 else covs
         if covs.shape != (count, self.dim, self.dim):
             raise ValueError(f"covs: expected shape {(count, self.dim, self.dim)}, got {tuple(covs.shape)}")
         self._components = [Gaussian(as_covariance("covs", c), m) for c, m in zip(covs, self.means)]
         self.covs = covs
         self.mean, self.cov = self._combine(self.weights.log(), self.means, covs)
+        finite_answer("means, covs", self.cov)
 
     def sample(self, n: int, generator=None) -> Tensor:
         stream = runtime.generator(generator)
@@ -332,15 +357,13 @@ class GaussianMixture(_Mixture):
         log_weights = self.weights.to(t).log() + torch.stack([c.log_mgf(t) for c in self._components], -1)
         return log_weights, torch.stack([c.tilted_mean(t) for c in self._components], -2)
 
-    def log_mgf(self, t) -> Tensor:
-        return torch.logsumexp(self._tilted(as_vectors("t", t, self.dim))[0], -1)
+    def _log_mgf(self, t: Tensor) -> Tensor:
+        return torch.logsumexp(self._tilted(t)[0], -1)
 
-    def tilted_mean(self, t) -> Tensor:
-        t = as_vectors("t", t, self.dim)
+    def _tilted_mean(self, t: Tensor) -> Tensor:
         return self._combine(*self._tilted(t), self.covs.to(t))[0]
 
-    def tilted_cov(self, t) -> Tensor:
-        t = as_vectors("t", t, self.dim)
+    def _tilted_cov(self, t: Tensor) -> Tensor:
         return self._combine(*self._tilted(t), self.covs.to(t))[1]
 
 
@@ -356,6 +379,7 @@ class Empirical(_Mixture):
         n, self.dim = self.tokens.shape
         self.weights = _as_weights(weights, n, self.tokens)
         self.mean, self.cov = self._combine(self.weights.log(), self.tokens, None)
+        finite_answer("tokens", self.cov)
 
     def sample(self, n: int, generator=None) -> Tensor:
         stream = runtime.generator(generator)
@@ -367,13 +391,11 @@ class Empirical(_Mixture):
     def _logits(self, t: Tensor) -> Tensor:
         return t @ self.tokens.to(t).mT + self.weights.to(t).log()
 
-    def log_mgf(self, t) -> Tensor:
-        return torch.logsumexp(self._logits(as_vectors("t", t, self.dim)), -1)
+    def _log_mgf(self, t: Tensor) -> Tensor:
+        return torch.logsumexp(self._logits(t), -1)
 
-    def tilted_mean(self, t) -> Tensor:
-        t = as_vectors("t", t, self.dim)
+    def _tilted_mean(self, t: Tensor) -> Tensor:
         return torch.softmax(self._logits(t), -1) @ self.tokens.to(t)
 
-    def tilted_cov(self, t) -> Tensor:
-        t = as_vectors("t", t, self.dim)
+    def _tilted_cov(self, t: Tensor) -> Tensor:
         return self._combine(self._logits(t), self.tokens.to(t), None)[1]

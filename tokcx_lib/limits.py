@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tokcx_lib.laws import Law, Rademacher, Uniform, UniformBall, UniformSphere
 from tokcx_lib.streaming import Moments
-from tokcx_lib.validation import as_count, as_matrix, as_square
+from tokcx_lib.validation import as_count, as_kind, as_matrix, as_square, finite_answer, naming, rows_that_fit
 
 LAWS = (UniformSphere, UniformBall, Uniform, Rademacher)
 
@@ -50,9 +50,9 @@ def bounded_limit(law: Law, A, V=None, points: int = 2**16, repeats: int = 16, s
     ValueError
         If the law is another, shapes do not match, or points is not a power of two.
     """
-    if not isinstance(law, LAWS):
-        raise ValueError(f"law: expected one of {', '.join(kind.__name__ for kind in LAWS)}, got {type(law).__name__}")
-    points, repeats = as_count("points", points), as_count("repeats", repeats, least=2)
+    as_kind("law", law, *LAWS)
+    points = as_count("points", points, most=min(2**30, rows_that_fit(8 * (law.dim + 2))))
+    repeats, seed = as_count("repeats", repeats, least=2), as_count("seed", seed, least=0, most=2**128)
     if points & (points - 1):
         raise ValueError(f"points: expected a power of two, got {points}")
     A = as_square("A", A, law.dim).double()
@@ -65,12 +65,13 @@ def bounded_limit(law: Law, A, V=None, points: int = 2**16, repeats: int = 16, s
     found = []
     for repeat in range(1 if exact else repeats):
         queries = _all_signs(law.dim) if exact else _spread(law, points, [seed, repeat])
-        output = law.tilted_mean(queries @ A.mT)
+        with naming("A"):
+            output = law.tilted_mean(queries @ A.mT)
         second = torch.diag((output**2).mean(0)) if spherical else output.mT @ output / len(output)
         found.append(frame @ second @ frame.mT)
-    cov = torch.stack(found).mean(0)
+    cov = finite_answer("A, V", torch.stack(found).mean(0))
     noise = 0.0 if exact else (torch.stack(found).var(0).sum() / repeats).sqrt().item()
-    return Limit(Moments(cov.new_zeros(len(cov)), cov), noise / torch.linalg.matrix_norm(cov).item())
+    return Limit(Moments(cov.new_zeros(len(cov)), cov), noise / (torch.linalg.matrix_norm(cov).item() or 1.0))
 
 
 def _all_signs(dim: int) -> Tensor:

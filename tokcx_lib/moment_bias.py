@@ -17,18 +17,27 @@ import torch
 from scipy.ndimage import map_coordinates
 from torch import Tensor
 
-from tokcx_lib.softmax_law import MOST_TILT, map_error, self_moments, softmax_moments
-from tokcx_lib.validation import as_matrix, as_positive, as_tensor, as_tokens
+from tokcx_lib.softmax_law import MOST_TILT, MOST_TOKENS, map_error, self_moments, softmax_moments
+from tokcx_lib.validation import as_array, as_matrix, as_number, as_square, as_tokens, finite_answer
 
 _PATH = 0.15 * np.arange(-80, 81)  # along a path through the saddle point of the inverse Laplace transform
 _TAIL = 40.0  # e^-40: what may be left out of the law of the load
 
 
 def _as_forms(B, V) -> tuple[Tensor, Tensor]:
-    B = as_tensor("B", B, ndim=2).double()
-    B = as_matrix("B", B, columns=B.shape[0]).double()
-    V = torch.eye(len(B), dtype=B.dtype) if V is None else as_matrix("V", V, columns=len(B)).double()
+    B = as_square("B", B).detach().double()
+    V = torch.eye(len(B), dtype=B.dtype) if V is None else as_matrix("V", V, columns=len(B)).detach().double()
     return B, V
+
+
+def _as_number_of_tokens(n, least: float = 1) -> float:
+    return as_number("n", n, least, MOST_TOKENS)
+
+
+def _require_loads(names: str, load) -> None:
+    """Raise ValueError if a query looks nowhere, or further than the exact laws are computed."""
+    if not load.min() > 0 or not load.max() <= MOST_TILT:
+        raise ValueError(f"{names}: expected loads |Bx| above 0, up to {MOST_TILT:g}, got {load.min():.4g} to {load.max():.4g}")
 
 
 def second_moment_bias(n: float, B, V=None) -> Tensor:
@@ -53,23 +62,21 @@ def second_moment_bias(n: float, B, V=None) -> Tensor:
 
     Source: chapter 9.
     """
-    B, V = _as_forms(B, V)
+    n, (B, V) = _as_number_of_tokens(n), _as_forms(B, V)
     left, singular, _ = torch.linalg.svd(B)
     beta = singular.numpy()
     if beta[0] < 1e-12:  # a head that looks nowhere averages n tokens evenly
-        return V @ V.mT / as_positive("n", n)
-    load, weight, shares = load_law(beta, float(n))
-    if load[-1] > MOST_TILT:
-        raise ValueError(
-            f"B: expected a horizon at which queries have loads up to {MOST_TILT:g}, got horizon {beta[0]:.4g} and, with "
-            f"{n:g} tokens, load {load[-1]:.4g}"
-        )
+        return finite_answer("V", V @ V.mT) / n
+    if beta[0] > MOST_TILT:
+        raise ValueError(f"B: expected a horizon ||B||_2 up to {MOST_TILT:g}, got {beta[0]:.4g}")
+    load, weight, shares = load_law(beta, n)
+    _require_loads("B, n", load)
     spread = softmax_moments(n, load).participation
     # M_2 - s^2 = E(Gamma_n - s)^2 - 2 s^2 P, since E Gamma_n = s (1 - P): no digits lost.
     along = map_error(n, load) - 2 * load**2 * spread
     diagonal = weight @ spread + shares @ (along - spread)
     vectors = V @ left
-    return (vectors * torch.from_numpy(diagonal)) @ vectors.mT
+    return finite_answer("V", (vectors * torch.from_numpy(diagonal)) @ vectors.mT)
 
 
 def load_law(beta, n: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -98,7 +105,7 @@ def load_law(beta, n: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Source: chapter 9 (saddle-point inversion: classical).
     """
-    beta = np.asarray(beta, dtype=float)
+    beta, n = as_array("beta", beta), _as_number_of_tokens(n)
     if beta.ndim != 1 or not (np.isfinite(beta) & (beta >= 0)).all() or not beta.max() > 0:
         raise ValueError(f"beta: expected singular values, one of them positive, got {beta}")
     rate = (beta[beta > 1e-9 * beta.max()] / beta.max()) ** 2  # at most 1, exactly
@@ -164,11 +171,10 @@ def own_token_bias(n: float, B, V=None, queries=None) -> Tensor:
     Source: chapter 9.
     """
     B, V = _as_forms(B, V)
-    x = as_tokens("queries", queries, len(B)).double()
-    if not n >= 2:
-        raise ValueError(f"n: expected at least 2 tokens, got {n}")
+    x, n = as_tokens("queries", queries, len(B)).detach().double(), _as_number_of_tokens(n, least=2)
     tilt = x @ B.mT
     load = torch.linalg.vector_norm(tilt, dim=1)
+    _require_loads("B, queries", load)
     u = tilt / load[:, None]
     own = (u * x).sum(1)
     beside = x - own[:, None] * u
@@ -177,7 +183,7 @@ def own_token_bias(n: float, B, V=None, queries=None) -> Tensor:
     total = ((at["second_moment"] - at["participation"])[:, None] * u).mT @ u + mixed + mixed.mT
     total = total + (at["own_square"][:, None] * beside).mT @ beside
     total = total / len(x) + at["participation"].mean() * torch.eye(len(B), dtype=B.dtype)
-    return V @ total @ V.mT
+    return finite_answer("V, queries", V @ total @ V.mT)
 
 
 def _self_table(n: float, load: Tensor, own: Tensor, names, less_fresh: bool = False) -> dict[str, Tensor]:
@@ -224,7 +230,7 @@ def shared_keys_covariance(B, V=None) -> Tensor:
         raise ValueError(f"B: expected a horizon ||B||_2 below 1, got {horizon:.4g}")
     eye, G = torch.eye(len(B), dtype=B.dtype), B @ B.mT
     rest = eye - G @ G
-    return V @ (G + B + B.mT + torch.linalg.inv(rest) / torch.linalg.det(rest).sqrt()) @ V.mT
+    return finite_answer("V", V @ (G + B + B.mT + torch.linalg.inv(rest) / torch.linalg.det(rest).sqrt()) @ V.mT)
 
 
 def shared_keys_projection(n: float, B, V=None, tokens=None, queries=None) -> Tensor:
@@ -252,11 +258,14 @@ def shared_keys_projection(n: float, B, V=None, tokens=None, queries=None) -> Te
 
     Source: chapter 9 (projection: Hajek 1968).
     """
+    n = _as_number_of_tokens(n, least=2)
     limit = shared_keys_covariance(B) / n
     B, V = _as_forms(B, V)
-    z, x = (as_tokens(name, part, len(B)).double() for name, part in (("tokens", tokens), ("queries", queries)))
-    if not n >= 2 or len(x) % 2:
-        raise ValueError(f"n, queries: expected n >= 2 and an even number of queries, got {n} and {len(x)}")
+    z, x = (as_tokens(name, part, len(B)).detach().double() for name, part in (("tokens", tokens), ("queries", queries)))
+    if len(x) % 2:
+        raise ValueError(f"queries: expected an even number, got {len(x)}")
+    for name, part in (("tokens", z), ("queries", x)):
+        _require_loads(f"B, {name}", torch.linalg.vector_norm(part @ B.mT, dim=1))
     key = [_as_key(n, z, half @ B.mT) for half in x.chunk(2)]  # two halves: their product has no bias
     tilt = z @ B.mT
     load = torch.linalg.vector_norm(tilt, dim=1)
@@ -268,7 +277,7 @@ def shared_keys_projection(n: float, B, V=None, tokens=None, queries=None) -> Te
     total = finite[0].mT @ finite[1] / (n * len(z))
     if torch.linalg.matrix_norm(B, 2) ** 2 < 1 / 3:
         total = total + limit - infinite[0].mT @ infinite[1] / (n * len(z))
-    return V @ ((total + total.mT) / 2) @ V.mT
+    return finite_answer("V, tokens, queries", V @ ((total + total.mT) / 2) @ V.mT)
 
 
 def _as_key(n: float, z: Tensor, tilt: Tensor) -> tuple[Tensor, Tensor]:

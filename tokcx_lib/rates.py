@@ -10,7 +10,17 @@ from torch import Tensor
 
 from tokcx_lib.geometry import root
 from tokcx_lib.laws import Law
-from tokcx_lib.validation import as_matrix, as_positive, as_square, as_tensor, as_vectors
+from tokcx_lib.validation import (
+    as_choice,
+    as_law,
+    as_matrix,
+    as_number,
+    as_positive,
+    as_square,
+    as_vectors,
+    as_wide,
+    finite_answer,
+)
 
 _EXPONENTS = {
     "reported": lambda psi: 1 / (2 * (1 + 32 * psi)),
@@ -38,9 +48,7 @@ def exponent(psi: float, kind: str) -> float:
     ValueError
         If psi is not positive and finite, or the kind is not one of these.
     """
-    if kind not in _EXPONENTS:
-        raise ValueError(f"kind: expected one of {', '.join(_EXPONENTS)}, got {kind!r}")
-    return _EXPONENTS[kind](as_positive("psi", psi))
+    return _EXPONENTS[as_choice("kind", kind, _EXPONENTS)](as_positive("psi", psi))
 
 
 def hardmax_mean(n: float, sigma: float = 1.0) -> float:
@@ -73,7 +81,7 @@ def clt_covariance(law: Law, t) -> Tensor:
     ValueError
         If t does not match the law or is not finite.
     """
-    t = as_vectors("t", t, law.dim)
+    t = as_vectors("t", t, as_law("law", law, "log_mgf", "tilted_mean", "tilted_cov").dim)
     growth = torch.exp(law.log_mgf(2 * t) - 2 * law.log_mgf(t))
     shift = law.tilted_mean(2 * t) - law.tilted_mean(t)
     return growth[..., None, None] * (law.tilted_cov(2 * t) + shift[..., :, None] * shift[..., None, :])
@@ -107,9 +115,8 @@ def moment_constants(B, W=None) -> MomentConstants:
     ValueError
         If shapes do not match, or the horizon ||B||_2 is not below 1: then the constants are infinite.
     """
-    B = as_tensor("B", B, ndim=2).double()
-    dim = B.shape[1]
-    B = as_square("B", B, dim)
+    B = as_square("B", B).double()
+    dim = len(B)
     horizon = torch.linalg.matrix_norm(B, 2).item()
     if not horizon < 1:
         raise ValueError(f"B: expected a horizon below 1, beyond which the constants are infinite, got {horizon:g}")
@@ -128,7 +135,7 @@ def moment_constants(B, W=None) -> MomentConstants:
         + 2 * _quartic(plain, G, tilted, 2 * Q, one + G, metric)
         + mass * _quartic(tilted, 2 * Q, tilted, 2 * Q, torch.linalg.inv(one - 2 * Q), metric)
     )
-    return MomentConstants(mean, cov)
+    return MomentConstants(as_number("constant of B and W", mean), as_number("constant of B and W", cov))
 
 
 def _quartic(left, shift_left, right, shift_right, cov, metric) -> float:
@@ -181,12 +188,14 @@ def influence_square(z, B) -> Tensor:
 
 def _influence_parts(z, B) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """z, B, Q and det(I + BB')^{-1/2} e^{z'Qz/2} (...)."""
-    B = as_tensor("B", B, ndim=2)
-    B = as_square("B", B, B.shape[0])
-    z = as_vectors("z", z, B.shape[0])
+    B = as_square("B", B)
+    z = as_vectors("z", as_wide("z", z), len(B))
     B = B.to(z)
-    one_plus = torch.eye(len(B)).to(z) + B @ B.mT
-    Q = torch.linalg.solve(one_plus, B @ B.mT)
+    one_plus = finite_answer("B", torch.eye(len(B)).to(z) + B @ B.mT)
+    try:
+        Q = torch.linalg.solve(one_plus, B @ B.mT)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(f"B: expected a form whose I + BB' can be inverted in {B.dtype}, got a larger one") from error
     Q = (Q + Q.mT) / 2
     return z, B, Q, torch.exp(((z @ Q) * z).sum(-1) / 2 - torch.linalg.slogdet(one_plus).logabsdet / 2)
 
@@ -231,9 +240,8 @@ def uniform_constant(radius: float, A, *, support: float | None = None, spread: 
         If not exactly one of `support` and `cov` is given, a number is not positive, or shapes do not match.
     """
     radius = as_positive("radius", radius)
-    A = as_tensor("A", A, ndim=2).double()
-    dim = A.shape[1]
-    A = as_square("A", A, dim)
+    A = as_square("A", A).double()
+    dim = len(A)
     V = torch.eye(dim, dtype=A.dtype) if V is None else as_matrix("V", V, columns=dim).double()
     if (support is None) == (cov is None):
         raise ValueError("support: expected exactly one of support and cov, got " + ("none" if cov is None else "both"))
@@ -260,6 +268,8 @@ def _exp(x: float) -> float:
 
 def _subgaussian(s: float, dim: int, rank: int, delta: float) -> float:
     """The constant of whitened sub-Gaussian tokens for one delta; see `uniform_constant`."""
+    if s > 1e75:
+        return math.inf
     growth = _exp(s**2 / (1 - 2 * delta) - (1 + rank / 4) * math.log(delta))
     numerator = math.sqrt(6 * math.sqrt(3) * dim) / math.e * growth
     denominator = math.sqrt(2 / math.e * delta) * growth

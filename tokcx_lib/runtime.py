@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 import torch
 
-from tokcx_lib.validation import as_count
+from tokcx_lib.validation import as_count, shown
 
 PROFILES = ("quick", "full")
 
@@ -25,6 +25,8 @@ def device(name: str | torch.device | None = None) -> torch.device:
     ValueError
         If the name is no device of PyTorch, the machine does not have it, or it does not compute in float64.
     """
+    if name is not None and not isinstance(name, (str, torch.device)):
+        raise ValueError(f"device: expected the name of a device, such as 'cpu', got {shown(name)}")
     wanted = str(name or os.environ.get("TOKCX_DEVICE") or "cpu")
     try:
         with warnings.catch_warnings():
@@ -49,23 +51,36 @@ def generator(seed: int | torch.Generator | None) -> torch.Generator:
     """A random stream: the one given, a new one from an integer seed, or a new one from the system's entropy.
 
     Streams from a seed live on the CPU, so the same seed draws the same tokens on every device.
+
+    Raises
+    ------
+    ValueError
+        If it is none of these, or the seed takes more than 64 bits.
     """
     if isinstance(seed, torch.Generator):
         return seed
     stream = torch.Generator()
     if seed is None:
         stream.seed()
-    else:
-        stream.manual_seed(int(seed))
-    return stream
+        return stream
+    try:
+        return stream.manual_seed(as_count("seed", seed, least=-(2**63), most=2**64 - 1))
+    except ValueError as error:
+        wanted = "a torch.Generator, an integer seed of up to 64 bits, or None"
+        raise ValueError(f"seed, generator: expected {wanted}, got {shown(seed)}") from error
 
 
 def stream(*keys: int) -> torch.Generator:
     """A random stream named by integers, such as (seed, layer, head, replicate): any of them can be re-drawn alone.
 
     The seed is numpy's SeedSequence of the keys, so streams of different keys are independent for all purposes.
+
+    Raises
+    ------
+    ValueError
+        If a key is not an integer >= 0.
     """
-    state = np.random.SeedSequence([as_count("keys", key, least=0) for key in keys]).generate_state(1, np.uint64)
+    state = np.random.SeedSequence([as_count("seed, keys", key, least=0, most=2**128) for key in keys]).generate_state(1, np.uint64)
     return generator(int(state[0]) >> 1)
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from scipy.special import roots_gegenbauer, roots_legendre
 
 from tokcx_lib.laws import Empirical, Gaussian, Law, Rademacher, Uniform, UniformBall, UniformSphere
+from tokcx_lib.validation import as_array, as_broadcast, as_number, shown
 
 MOST_TOKENS = 1e250  # up to here no density of a token that matters underflows
 STEP = 0.25  # of the trapezoidal rule in log l
@@ -74,7 +75,7 @@ def softmax_moments(n, t, law: Law | None = None) -> SoftmaxMoments:
 
     Parameters
     ----------
-    n : number of tokens, real, from 1 to 1e250; t : tilt, any sign, in units of 1/y. They broadcast.
+    n : number of tokens, real, from 1 to 1e250; t : tilt, up to 300, any sign, in units of 1/y. They broadcast.
     law : standard normal if None; else `Gaussian(variance)` in one dimension, `Rademacher(1)`, `Uniform(1)`,
         `Empirical` in one dimension, or `UniformSphere` or `UniformBall` in any dimension. |t| times the radius of
         the law, or its standard deviation if it is normal, is at most 300.
@@ -127,11 +128,8 @@ def self_moments(n, t: float, own) -> SelfMoments:
 
     Source: chapter 9.
     """
-    n, tilts = _as_counts(n), _as_tilts(t)
-    own = np.asarray(own, dtype=float)
-    if tilts.ndim or not np.isfinite(own).all():
-        raise ValueError(f"t, own: expected one number and finite numbers, got shapes {tilts.shape}, {own.shape}")
-    n, own = np.broadcast_arrays(n, own)
+    n, own = as_broadcast("n, own", _as_counts(n), as_array("own", own, -1e100, 1e100))
+    t = as_number("t", t, -MOST_TILT, MOST_TILT)
     found = np.empty((6, *n.shape))
     for size in np.unique(n):
         here = n == size
@@ -140,17 +138,11 @@ def self_moments(n, t: float, own) -> SelfMoments:
 
 
 def _as_counts(n) -> np.ndarray:
-    n = np.asarray(n, dtype=float)
-    if n.size == 0 or not ((n >= 1) & (n <= MOST_TOKENS)).all():
-        raise ValueError(f"n: expected numbers from 1 to {MOST_TOKENS:g}, got {n if n.ndim == 0 else n.ravel()[:8]}")
-    return n
+    return as_array("n", n, 1, MOST_TOKENS)
 
 
 def _as_tilts(t) -> np.ndarray:
-    t = np.asarray(t, dtype=float)
-    if t.size == 0 or not np.isfinite(t).all():
-        raise ValueError(f"t: expected finite numbers, got {t if t.ndim == 0 else t.ravel()[:8]}")
-    return t
+    return as_array("t", t, -MOST_TILT, MOST_TILT)
 
 
 def _table_of(n: np.ndarray) -> np.ndarray:
@@ -160,7 +152,7 @@ def _table_of(n: np.ndarray) -> np.ndarray:
 
 def _map(n, t, law, at: Callable) -> list[np.ndarray]:
     """`at(averages, n)` for every pair: the averages are computed once for each tilt."""
-    n, t = np.broadcast_arrays(_as_counts(n), _as_tilts(t))
+    n, t = as_broadcast("n, t", _as_counts(n), _as_tilts(t))
     results: list[np.ndarray] = []
     for tilt, log_n in np.unique(np.stack([t.ravel(), _table_of(n).ravel()], 1), axis=0):
         here = (t == tilt) & (_table_of(n) == log_n)
@@ -240,7 +232,7 @@ def _averages(t: float, law: Law | None, log_n: float) -> _Averages:
     if getattr(law, "dim", None) != 1 or not isinstance(law, (Rademacher, Uniform, Empirical)):
         raise ValueError(
             "law: expected Gaussian, Rademacher, Uniform or Empirical in one dimension, UniformSphere or UniformBall, "
-            f"got {type(law).__name__} with dim {getattr(law, 'dim', None)}"
+            f"got {shown(law)} with dim {getattr(law, 'dim', None)}"
         )
     if isinstance(law, Rademacher):
         return _bounded_averages(t, np.array([-1.0, 1.0]), np.array([0.5, 0.5]), log_n)

@@ -28,7 +28,18 @@ from torch import Tensor
 
 from tokcx_lib import runtime
 from tokcx_lib.streaming import LOGITS, Partial, partial_attention
-from tokcx_lib.validation import as_count, as_tensor
+from tokcx_lib.validation import (
+    as_attention,
+    as_count,
+    as_flag,
+    as_indices,
+    as_kind,
+    as_positive,
+    as_tensor,
+    as_tokens,
+    finite_answer,
+    rows_that_fit,
+)
 
 DENSE = 16  # a query that reads more than a 16th of all keys: cheaper to mask than to gather
 
@@ -52,14 +63,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, log_weights: Tensor | 
     ValueError
         If shapes do not match, or a key is not there.
     """
-    q, k, v = (as_tensor(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
-    if q.ndim < 2 or k.ndim != 2 or v.ndim != 2 or q.shape[-1] != k.shape[1] or len(k) != len(v):
-        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-        raise ValueError(f"q, k, v: expected shapes (..., m, d), (n, d) and (n, d_v), got {shapes}")
-    if keys.ndim != 2 or len(keys) != q.shape[-2] or keys.shape[1] == 0:
+    q, k, v = _as_one_sequence(q, k, v)
+    keys = as_indices("keys", keys, most=len(k) - 1, ndim=2)
+    if len(keys) != q.shape[-2]:
         raise ValueError(f"keys: expected shape ({q.shape[-2]}, b) with b >= 1, got {tuple(keys.shape)}")
-    if keys.min() < 0 or keys.max() >= len(k):
-        raise ValueError(f"keys: expected integers from 0 to {len(k) - 1}, got {keys.min()} to {keys.max()}")
+    if log_weights is not None:
+        log_weights = as_tensor("log_weights", log_weights).to(q)
+        if log_weights.shape != keys.shape:
+            raise ValueError(f"log_weights: expected shape {tuple(keys.shape)}, got {tuple(log_weights.shape)}")
     heads = q.reshape(-1, *q.shape[-2:])
     dense = keys.shape[1] * DENSE > len(k)
     width = len(heads) * len(k) if dense else keys.shape[1] * (k.shape[1] + v.shape[1])
@@ -71,6 +82,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, log_weights: Tensor | 
         parts.append((_masked if dense else _gathered)(heads[:, here], k, v, keys[here], added))
     output, lse = (torch.cat(part, 1) for part in zip(*parts))
     return Partial(output.reshape(*q.shape[:-1], v.shape[1]), lse.reshape(q.shape[:-1]))
+
+
+def _as_one_sequence(q, k, v) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (..., m, d) with keys (n, d) and values (n, d_v) that have no batch axes."""
+    q, k, v = as_attention(q, k, v)
+    if k.ndim != 2:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q, k, v: expected shapes (..., m, d), (n, d) and (n, d_v), got {shapes}")
+    return q, k, v
 
 
 def _gathered(q, k, v, keys, log_weights) -> Partial:
@@ -97,15 +117,24 @@ def kept_mass(state: Partial, whole: Partial) -> Tensor:
 
     With it the error is an identity: output - full output = (1 - mass) (output over the kept - output over the others).
     """
+    as_kind("state", state, Partial), as_kind("whole", whole, Partial)
     return torch.exp(state.lse - whole.lse)
 
 
 # ------------------------------------------------------------ which keys
 
-def _budget(budget: int, n: int) -> int:
-    if as_count("budget", budget) > n:
-        raise ValueError(f"budget: expected at most the number of keys, {n}, got {budget}")
-    return int(budget)
+def _inputs(q, k, v, positions, budget, least: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """What every scheme takes, checked."""
+    q, k, v = _as_one_sequence(q, k, v)
+    return q, k, v, _as_positions(positions, len(k), q.shape[-2]), as_count("budget", budget, least, most=len(k))
+
+
+def _as_positions(positions, n: int, m: int | None = None) -> Tensor:
+    """Places (m,) among n keys, on the CPU."""
+    positions = as_indices("positions", positions, most=n - 1).cpu()
+    if m is not None and len(positions) != m:
+        raise ValueError(f"positions: expected one for each of {m} queries, got {len(positions)}")
+    return positions
 
 
 def _draw(m: int, n: int, count: int, generator, taken: Tensor | None = None) -> Tensor:
@@ -118,12 +147,16 @@ def _draw(m: int, n: int, count: int, generator, taken: Tensor | None = None) ->
 
 def window_keys(positions: Tensor, n: int, width: int) -> Tensor:
     """The `width` keys (m, width) around each position, its own among them; at the ends the window is shifted."""
+    n = as_count("n", n)
+    width, positions = as_count("width", width, most=n), _as_positions(positions, n)
     start = (positions - width // 2).clamp(0, n - width)
     return start[:, None] + torch.arange(width)
 
 
 def strided_keys(positions: Tensor, n: int, budget: int) -> Tensor:
     """Keys (m, budget) at equal distances around the sequence, the query's own among them."""
+    n = as_count("n", n)
+    budget, positions = as_count("budget", budget, most=n), _as_positions(positions, n)
     return (positions[:, None] + (torch.arange(budget) * n) // budget) % n
 
 
@@ -131,23 +164,27 @@ def strided_keys(positions: Tensor, n: int, budget: int) -> Tensor:
 
 def random_keys(q, k, v, positions, budget, generator=None) -> Partial:
     """A random set of keys, drawn for each query on its own, without replacement."""
-    return attend(q, k, v, _draw(len(positions), len(k), _budget(budget, len(k)), generator).to(k.device))
+    q, k, v, positions, budget = _inputs(q, k, v, positions, budget)
+    return attend(q, k, v, _draw(len(positions), len(k), budget, generator).to(k.device))
 
 
 def shared_keys(q, k, v, positions, budget, generator=None) -> Partial:
     """A random set of keys, without replacement, the same for all queries."""
-    keys = torch.randperm(len(k), generator=runtime.generator(generator))[: _budget(budget, len(k))].to(k.device)
+    q, k, v, _, budget = _inputs(q, k, v, positions, budget)
+    keys = torch.randperm(len(k), generator=runtime.generator(generator))[:budget].to(k.device)
     return partial_attention(q, k[keys], v[keys])
 
 
 def window(q, k, v, positions, budget, generator=None) -> Partial:
     """The keys around the query."""
-    return attend(q, k, v, window_keys(positions, len(k), _budget(budget, len(k))).to(k.device))
+    q, k, v, positions, budget = _inputs(q, k, v, positions, budget)
+    return attend(q, k, v, window_keys(positions, len(k), budget).to(k.device))
 
 
 def strided(q, k, v, positions, budget, generator=None) -> Partial:
     """Keys at equal distances, the query's own among them."""
-    return attend(q, k, v, strided_keys(positions, len(k), _budget(budget, len(k))).to(k.device))
+    q, k, v, positions, budget = _inputs(q, k, v, positions, budget)
+    return attend(q, k, v, strided_keys(positions, len(k), budget).to(k.device))
 
 
 def window_random(q, k, v, positions, budget, generator=None, extra: int | None = None, weighted=False) -> Partial:
@@ -164,7 +201,8 @@ def window_random(q, k, v, positions, budget, generator=None, extra: int | None 
     ValueError
         If a window or the rest of the budget would be empty, or the budget exceeds the number of keys.
     """
-    n, budget = len(k), _budget(budget, len(k))
+    q, k, v, positions, budget = _inputs(q, k, v, positions, budget)
+    n, weighted = len(k), as_flag("weighted", weighted)
     extra = budget // 2 if extra is None else as_count("extra", extra)
     if not 1 <= extra < budget:
         raise ValueError(f"extra: expected 1 to {budget - 1} random keys of a budget of {budget}, got {extra}")
@@ -185,8 +223,9 @@ def window_weighted(q, k, v, positions, budget, generator=None, extra: int | Non
 
 def top_k(q, k, v, positions, budget, generator=None) -> Partial:
     """The keys with the largest logits. Finding them is not counted: this is what an oracle would read."""
+    q, k, v, _, budget = _inputs(q, k, v, positions, budget)
     heads = q.reshape(-1, *q.shape[-2:])
-    states = [attend(h, k, v, (h @ k.mT).topk(_budget(budget, len(k)), sorted=False).indices) for h in heads]
+    states = [attend(h, k, v, (h @ k.mT).topk(budget, sorted=False).indices) for h in heads]
     output, lse = torch.stack([s.output for s in states]), torch.stack([s.lse for s in states])
     return Partial(output.reshape(*q.shape[:-1], -1), lse.reshape(q.shape[:-1]))
 
@@ -199,7 +238,8 @@ def low_rank(q, k, v, positions, budget, generator=None) -> Partial:
     tokens of the keys' own covariance (chapter 11). Wang et al. (2020) project like this with coefficients that are
     learned. The log-sum-exp is scaled to n keys.
     """
-    n, budget = len(k), _budget(budget, len(k))
+    q, k, v, _, budget = _inputs(q, k, v, positions, budget)
+    n = len(k)
     mix = torch.randn(budget, n, generator=runtime.generator(generator)).to(k) / math.sqrt(n)
     mean = v.mean(0)
     state = partial_attention(q, mix @ (k - k.mean(0)), mix @ (v - mean))
@@ -215,13 +255,15 @@ def features(q, k, v, positions, budget, generator=None) -> Partial:
     root mean square length, which makes the estimate least noisy (chapter 11); both are free. Choromanski et al.
     (2021), with independent w.
     """
-    budget = as_count("budget", budget)
+    (q, k, v), budget = _as_one_sequence(q, k, v), as_count("budget", budget, most=rows_that_fit(len(k)))
+    _as_positions(positions, len(k), q.shape[-2])
     w = torch.randn(k.shape[1], budget, generator=runtime.generator(generator)).to(k)
     centre = k.mean(0)
     k = k - centre
     heads, states = q.reshape(-1, *q.shape[-2:]), []
     for h in heads:
-        balance = (k.square().sum(1).mean() / h.square().sum(1).mean()).pow(0.25)
+        sizes = k.square().sum(1).mean(), h.square().sum(1).mean()
+        balance = (sizes[0] / sizes[1]).pow(0.25) if all(sizes) else k.new_tensor(1.0)
         asked, keys = h * balance, k / balance
         log_q = asked @ w - asked.square().sum(1, keepdim=True) / 2
         log_k = keys @ w - keys.square().sum(1, keepdim=True) / 2
@@ -231,7 +273,7 @@ def features(q, k, v, positions, budget, generator=None) -> Partial:
         peak = log_q.amax(1, keepdim=True)
         phi_q = torch.exp(log_q - peak)
         total = phi_q @ phi_k.sum(0)
-        lse = total.log() + peak[:, 0] - math.log(budget) + h @ centre
+        lse = finite_answer("q, k", total.log() + peak[:, 0] - math.log(budget) + h @ centre)
         states.append(Partial((phi_q @ (phi_k.mT @ v)) / total[:, None], lse))
     output, lse = torch.stack([s.output for s in states]), torch.stack([s.lse for s in states])
     return Partial(output.reshape(*q.shape[:-1], -1), lse.reshape(q.shape[:-1]))
@@ -252,9 +294,13 @@ KEEPING = ("random", "window", "strided", "window + random", "top-k")  # keep ke
 
 def output_error(state: Partial, whole: Partial, unit: float = 1.0) -> Tensor:
     """Root mean square over queries of the distance between two outputs (..., m, d_v), in units of `unit`: (...)."""
-    return (state.output - whole.output).double().square().sum(-1).mean(-1).sqrt() / unit
+    as_kind("state", state, Partial), as_kind("whole", whole, Partial)
+    if state.output.shape != whole.output.shape:
+        raise ValueError(f"state: expected outputs {tuple(whole.output.shape)} as in whole, got {tuple(state.output.shape)}")
+    return (state.output - whole.output).double().square().sum(-1).mean(-1).sqrt() / as_positive("unit", unit)
 
 
 def value_spread(v: Tensor) -> float:
     """Root mean square distance of a value (n, d_v) from the mean value: the unit in which errors are given."""
-    return (v.double() - v.double().mean(0)).square().sum(1).mean().sqrt().item()
+    v = as_tokens("v", v).double()
+    return finite_answer("v", (v - v.mean(0)).square().sum(1).mean().sqrt()).item()

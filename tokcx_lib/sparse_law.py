@@ -15,8 +15,22 @@ from scipy.special import betaincc, gammainc, gammaincc, ndtri_exp
 from scipy.special import gamma as gamma_function
 from torch import Tensor
 
-from tokcx_lib.validation import as_count, as_positive, as_tensor
+from tokcx_lib.softmax_law import MOST_TOKENS
+from tokcx_lib.validation import (
+    as_array,
+    as_attention,
+    as_broadcast,
+    as_count,
+    as_list,
+    as_number,
+    as_positive,
+    as_tensor,
+    as_vectors,
+    finite_answer,
+)
 
+MOST_LOAD = 26.0  # e^{s^2}, and what it multiplies, is finite up to here
+MOST_TOP_LOAD = 300.0  # the work of `top_mass` grows with its square
 STEP = 0.5  # of the trapezoidal rule in log l, as in `softmax_law`; here it is exact to 1e-8
 
 
@@ -39,8 +53,11 @@ def drawn_error(q: Tensor, k: Tensor, v: Tensor, draws: Sequence[int]) -> Tensor
     -------
     Tensor (len(draws), m), float64
     """
-    q, k, v = (as_tensor(name, x, ndim=2).double() for name, x in (("q", q), ("k", k), ("v", v)))
-    counts = torch.tensor([as_count("draws", count) for count in draws], dtype=torch.float64)[:, None]
+    q, k, v = (part.double() for part in as_attention(q, k, v))
+    if q.ndim != 2 or k.ndim != 2:
+        raise ValueError(f"q, k: expected shapes (m, d) and (n, d), got {tuple(q.shape)} and {tuple(k.shape)}")
+    counts = [as_count("draws", count, most=2**53) for count in as_list("draws", draws, "numbers of keys")]
+    counts = torch.tensor(counts, dtype=torch.float64)[:, None]
     return torch.stack([_drawn(query @ k.mT, v, counts) for query in q], 1)
 
 
@@ -67,7 +84,8 @@ def subset_error(load: float, dim: int, budget, n: float) -> np.ndarray:
     sqrt((1/m - 1/n) e^{s^2} (d + s^2) / d): the variance of the influence of one key, over the number of keys, less the
     part that the n keys share.
     """
-    budget = np.asarray(budget, dtype=float)
+    n, load, dim = as_number("n", n, least=1), as_number("load", load, 0, MOST_LOAD), as_count("dim", dim)
+    budget = as_array("budget", budget, 1, n)
     return np.sqrt((1 / budget - 1 / n) * math.exp(load**2) * (dim + load**2) / dim)
 
 
@@ -78,7 +96,8 @@ def influence_covariance(load: float, dim: int, correlation) -> np.ndarray:
 
     The influence of a key y on attention at the tilt t, |t| = s, is e^{<t, y> - s^2/2} (y - t).
     """
-    r = np.asarray(correlation, dtype=float)
+    load, dim = as_number("load", load, 0, MOST_LOAD), as_count("dim", dim)
+    r = as_array("correlation", correlation, -1, 1)
     return np.exp(r * load**2) * (r * dim + r**2 * load**2)
 
 
@@ -89,7 +108,13 @@ def mean_variance(load: float, dim: int, correlation: float, count: int, stride:
     ----------
     correlation : of neighbours in the sequence; stride : distance of successive keys read.
     """
-    gaps = np.arange(1, as_count("count", count))
+    correlation, stride = as_number("correlation", correlation, -1, 1), as_positive("stride", stride)
+    if correlation < 0 and stride != round(stride):
+        raise ValueError(f"stride: expected an integer where the correlation is negative, got {stride}")
+    count = as_count("count", count, most=10**8)
+    if count == 1:
+        return float(influence_covariance(load, dim, 1.0)) / dim
+    gaps = np.arange(1, count)
     between = influence_covariance(load, dim, correlation ** (stride * gaps))
     return float(influence_covariance(load, dim, 1.0) + 2 * ((1 - gaps / count) * between).sum()) / (count * dim)
 
@@ -100,6 +125,8 @@ def inflation(load: float, dim: int, correlation: float) -> float:
     The sum over all lags g of e^{r^|g| s^2} (r^|g| d + r^2|g| s^2), over its term at lag 0. For s -> 0 it is
     (1 + r) / (1 - r), and it falls as the load grows: a sharper query forgets sooner.
     """
+    if not -1 < as_number("correlation", correlation) < 1:
+        raise ValueError(f"correlation: expected a number strictly between -1 and 1, got {correlation}")
     lags = math.ceil(40 / max(-math.log(max(abs(correlation), 1e-17)), 1e-9))
     terms = influence_covariance(load, dim, correlation ** np.arange(1, lags + 1))
     return 1 + 2 * float(terms.sum()) / float(influence_covariance(load, dim, 1.0))
@@ -112,8 +139,16 @@ def window_mean(x: Tensor, t: Tensor, correlation: float, lags) -> Tensor:
     x> + (1 - r^2) s^2 / 2, and under its own tilt it has the mean r x + (1 - r^2) t; the window averages these with the
     weights e^c. Global attention is t, so the bias is the mean of r (x - r t).
     """
-    r = correlation ** torch.as_tensor(lags).abs().to(x)
+    x = as_tensor("x", x)
+    t = as_vectors("t", t, x.shape[-1] if x.ndim else 1).to(x)
+    if x.shape != t.shape and x.ndim != 1 and t.ndim != 1 or x.ndim == 0:
+        raise ValueError(f"x, t: expected shapes (..., d) that broadcast, got {tuple(x.shape)} and {tuple(t.shape)}")
+    correlation, lags = as_number("correlation", correlation, -1, 1), as_tensor("lags", lags)
+    if lags.ndim != 1 or len(lags) == 0 or (lags != lags.round()).any():
+        raise ValueError(f"lags: expected integers (k,) with k >= 1, got shape {tuple(lags.shape)}")
+    r = correlation ** lags.abs().to(x)
     s2, own = (t * t).sum(-1), (t * x).sum(-1)
+    finite_answer("x, t", s2 + own)
     share = torch.softmax(r * own[..., None] + (1 - r**2) * s2[..., None] / 2, -1)
     return (share @ r)[..., None] * x + (1 - share @ r**2)[..., None] * t
 
@@ -141,10 +176,10 @@ def top_mass(n: float, load: float, k) -> np.ndarray:
     ArithmeticError
         If all weights do not sum to 1 within 1e-3: a check of the quadrature, made every time.
     """
-    s, log_n = as_positive("load", load), math.log(n)
-    ranks = np.asarray(k)
-    if not (n >= 2 and (ranks >= 1).all() and (ranks < n).all()):
-        raise ValueError(f"n, k: expected k from 1 to n - 1, got n = {n} and k = {ranks}")
+    s, n = as_positive("load", load, most=MOST_TOP_LOAD), as_number("n", n, 2, MOST_TOKENS)
+    ranks, log_n = as_array("k", k, 1, n), math.log(n)
+    if not (ranks < n).all() or (ranks != ranks.round()).any():
+        raise ValueError(f"n, k: expected integers k from 1 to n - 1, got n = {n} and k = {ranks}")
     z = math.sqrt(2 * (log_n + 35))  # no key beyond it
     step = max(min(0.05, 0.2 / s, 0.6 / (z * math.sqrt(ranks.max()))), 1e-3)  # the level of rank k is that sharp
     y = np.arange(-8.0, z, step)
@@ -185,7 +220,7 @@ def frozen_missing_mass(reduced_load: float, k) -> np.ndarray:
     ValueError
         If the reduced load is not above 1.
     """
-    sigma, ranks = as_positive("reduced_load", reduced_load), np.asarray(k, dtype=float)
+    sigma, ranks = as_positive("reduced_load", reduced_load), as_array("k", k, least=0)
     if not sigma > 1:
         raise ValueError(f"reduced_load: expected a number above 1, where attention is frozen, got {reduced_load}")
     a = 1 / sigma

@@ -25,7 +25,21 @@ from torch.nn.functional import pad
 
 from tokcx_lib import runtime
 from tokcx_lib.laws import Law
-from tokcx_lib.validation import as_count, as_lengths, as_matrix, as_squares, as_tensor, as_vectors, require_finite
+from tokcx_lib.validation import (
+    as_attention,
+    as_count,
+    as_dtype,
+    as_kind,
+    as_law,
+    as_lengths,
+    as_matrix,
+    as_squares,
+    as_tensor,
+    as_vectors,
+    finite_answer,
+    naming,
+    shown,
+)
 
 DRAW_BLOCK = 16_384  # tokens drawn at once from one random stream
 KEY_BLOCK = 65_536  # keys handed to the kernel at once; bounds the copies made where head sizes are padded
@@ -53,37 +67,6 @@ class Moments(NamedTuple):
         return self.cov + self.mean[..., :, None] * self.mean[..., None, :]
 
 
-def _check(q, k, v) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = as_tensor("q", q).detach(), as_tensor("k", k).detach(), as_tensor("v", v).detach()
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.ndim < 2 or 0 in tensor.shape:
-            raise ValueError(f"{name}: expected shape (..., tokens, dimension), none zero, got {tuple(tensor.shape)}")
-        if (tensor.dtype, tensor.device) != (q.dtype, q.device):
-            raise ValueError(f"{name}: expected {q.dtype} on {q.device} as q, got {tensor.dtype} on {tensor.device}")
-    if k.ndim > q.ndim or k.shape[:-2] != q.shape[q.ndim - k.ndim : -2]:
-        raise ValueError(f"k: expected batch {tuple(q.shape[:-2])} as in q, or its end, got shape {tuple(k.shape)}")
-    if v.shape[:-2] != k.shape[:-2]:
-        raise ValueError(f"v: expected batch {tuple(k.shape[:-2])} as in k, got shape {tuple(v.shape)}")
-    if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"k: expected dimension {q.shape[-1]} as in q, got shape {tuple(k.shape)}")
-    if v.shape[-2] != k.shape[-2]:
-        raise ValueError(f"v: expected {k.shape[-2]} tokens as in k, got shape {tuple(v.shape)}")
-    _require_logits(q, k)
-    return q, k, v
-
-
-def _require_logits(q: Tensor, k: Tensor) -> None:
-    """Raise ValueError if a logit q.k may overflow, in which case the kernels return NaN, or zeros."""
-    largest = [max(-low.item(), high.item()) for low, high in (q.aminmax(), k.aminmax())]
-    # Half precision is multiplied in float32.
-    most = torch.finfo(q.dtype if q.dtype == torch.float64 else torch.float32).max
-    if not largest[0] * largest[1] * q.shape[-1] < most:
-        raise ValueError(
-            f"q, k: expected logits q.k within {q.dtype}, got entries up to {largest[0]:.3g} in q and "
-            f"{largest[1]:.3g} in k; scale them, or use float64"
-        )
-
-
 def partial_attention(q: Tensor, k: Tensor, v: Tensor) -> Partial:
     """Softmax attention of queries over a block of keys, by a fused kernel, with its log-sum-exp.
 
@@ -102,7 +85,7 @@ def partial_attention(q: Tensor, k: Tensor, v: Tensor) -> Partial:
     ValueError
         If shapes, precisions or devices do not match, a side is empty, or there are NaN or infinite entries.
     """
-    return _kernel(*_check(q, k, v))
+    return _kernel(*as_attention(q, k, v))
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor) -> Partial:
@@ -161,7 +144,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor) -> Partial:
 
 def reference_attention(q, k, v) -> Partial:
     """Full softmax attention in float64 with the whole matrix of logits: the yardstick of the fast version."""
-    return _plain(*(x.double() for x in _check(q, k, v)))
+    return _plain(*(x.double() for x in as_attention(q, k, v)))
 
 
 def merge(a: Partial, b: Partial) -> Partial:
@@ -172,6 +155,7 @@ def merge(a: Partial, b: Partial) -> Partial:
     ValueError
         If the two states are not of the same queries and value dimension.
     """
+    as_kind("a", a, Partial), as_kind("b", b, Partial)
     if a.output.shape != b.output.shape or a.lse.shape != b.lse.shape:
         raise ValueError(f"b: expected output of shape {tuple(a.output.shape)} as in a, got {tuple(b.output.shape)}")
     return _merge(a, b)
@@ -209,11 +193,14 @@ def _states(q: Tensor, blocks: Iterable[tuple[Tensor, Tensor]], lengths: list[in
 
 def _checked(q: Tensor, blocks) -> Iterator[tuple[Tensor, Tensor]]:
     d_v = None
-    for k, v in blocks:
-        _, k, v = _check(q, k, v)
+    for block in blocks:
+        if not isinstance(block, (tuple, list)) or len(block) != 2:
+            raise ValueError(f"blocks: expected pairs of keys and values, got {shown(block)}")
+        with naming("blocks"):
+            _, k, v = as_attention(q, *block)
         d_v = d_v or v.shape[-1]
         if v.shape[-1] != d_v:
-            raise ValueError(f"v: expected dimension {d_v} as in the first block, got shape {tuple(v.shape)}")
+            raise ValueError(f"blocks: v: expected dimension {d_v} as in the first block, got shape {tuple(v.shape)}")
         yield k, v
 
 
@@ -235,7 +222,9 @@ def stream_states(q: Tensor, blocks: Iterable[tuple[Tensor, Tensor]], lengths: S
     ValueError
         At once if the lengths do not increase; while reading, as `partial_attention`, and if the blocks end too early.
     """
-    q = as_tensor("q", q)
+    q = as_tensor("q", q).detach()
+    if not isinstance(blocks, Iterable) or isinstance(blocks, Tensor):
+        raise ValueError(f"blocks: expected pairs of keys and values, one after the other, got {shown(blocks)}")
     return _states(q, _checked(q, blocks), as_lengths("lengths", lengths, most=2**62))
 
 
@@ -261,11 +250,13 @@ def drawn_blocks(
     -------
     Iterator of pairs (tokens, tokens), of at most DRAW_BLOCK tokens each
     """
-    start, stop = as_count("start", start, least=0), as_count("stop", stop, least=0)
+    start, stop = (as_count(name, i, least=0, most=2**62) for name, i in (("start", start), ("stop", stop)))
+    place, dtype = runtime.device(device), as_dtype("dtype", dtype)
+    as_law("law", law, "sample")
     for number in range(start // DRAW_BLOCK, -(-stop // DRAW_BLOCK) if start < stop else 0):
         first = number * DRAW_BLOCK
         tokens = law.sample(DRAW_BLOCK, runtime.stream(seed, number))
-        tokens = tokens[max(start - first, 0) : stop - first].to(device=runtime.device(device), dtype=dtype)
+        tokens = tokens[max(start - first, 0) : stop - first].to(device=place, dtype=dtype)
         yield tokens, tokens
 
 
@@ -274,7 +265,7 @@ def prefix_states(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> It
 
     Parameters and errors as for `prefix_attention`.
     """
-    q, k, v = _check(q, k, v)
+    q, k, v = as_attention(q, k, v)
     return _states(q, [(k, v)], as_lengths("lengths", lengths, most=k.shape[-2]))
 
 
@@ -340,7 +331,7 @@ def prefix_moments(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> M
     ValueError
         As `prefix_attention`, and if queries and keys differ in number.
     """
-    q, k, v = _check(q, k, v)
+    q, k, v = as_attention(q, k, v)
     if q.shape[-2] != k.shape[-2]:
         raise ValueError(f"q: expected {k.shape[-2]} tokens as in k, got shape {tuple(q.shape)}")
     lengths = as_lengths("lengths", lengths, most=k.shape[-2])
@@ -409,6 +400,6 @@ def self_attention_moments(x: Tensor, A, V, lengths: Sequence[int], shift=None) 
         if shift.shape[:-1] not in ((), A.shape[:-2]):
             raise ValueError(f"shift: expected shape {(dim,)} or {(*A.shape[:-1],)}, got {tuple(shift.shape)}")
         q = q + shift.reshape(*shift.shape[:-1], *ones, 1, dim)
-    v = x if V is None else x @ as_matrix("V", V, columns=dim).to(x).mT
-    require_finite("logits", q)
+    v = x if V is None else finite_answer("x, V", x @ as_matrix("V", V, columns=dim).to(x).mT)
+    finite_answer("x, A, shift", q)
     return prefix_moments(q, x, v, lengths)

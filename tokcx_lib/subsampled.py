@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tokcx_lib import architectures, runtime
 from tokcx_lib.heads import TextModel, tokenize
-from tokcx_lib.validation import as_count
+from tokcx_lib.validation import as_count, as_flag, as_kind, as_mask, as_tensor, shown
 
 
 class Contexts(NamedTuple):
@@ -98,9 +98,16 @@ def draw_keys(
     ValueError
         If a number of keys is not an integer >= 1, or there is not one for each context.
     """
-    asked = torch.as_tensor(keys)
-    if asked.is_floating_point() or asked.dtype == torch.bool or asked.shape not in ((), batch.ids.shape[:1]):
-        raise ValueError(f"keys: expected an integer, or one for each of {len(batch.ids)} contexts, got {keys}")
+    as_kind("batch", batch, Contexts)
+    layers, keep_special = as_count("layers", layers), as_flag("keep_special", keep_special)
+    if isinstance(keys, int):
+        keys = as_count("keys", keys, most=2**62)
+    try:
+        asked = torch.as_tensor(keys)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"keys: expected an integer, or one for each context, got {shown(keys)}") from error
+    if asked.is_complex() or asked.is_meta or asked.layout != torch.strided or asked.is_floating_point() or asked.dtype == torch.bool or asked.shape not in ((), batch.ids.shape[:1]):
+        raise ValueError(f"keys: expected an integer, or one for each of {len(batch.ids)} contexts, got {shown(keys)}")
     if (asked < 1).any():
         raise ValueError(f"keys: expected at least 1, got {int(asked.min())}")
     always = batch.special.cpu() if keep_special else torch.zeros_like(batch.special.cpu())
@@ -169,11 +176,18 @@ def encode(
 
 def additive_mask(seen: Tensor) -> Tensor:
     """0 for keys that are read, bool (b, width), and -inf for others: (b, 1, 1, width), one for all heads and queries."""
+    seen = as_mask("seen", seen)
     return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -torch.inf)[:, None, None]
 
 
 def pooled(states: Tensor, real: Tensor) -> Tensor:
     """Mean of states (b, width, d) over the tokens that are `real`, bool (b, width), scaled to length 1: (b, d)."""
+    states, real = as_tensor("states", states), as_mask("real", real)
+    if states.ndim != 3 or states.shape[:2] != real.shape or not real.any(-1).all():
+        raise ValueError(
+            f"states, real: expected shapes (b, width, d) and (b, width) with a token in each context, got {tuple(states.shape)} "
+            f"and {tuple(real.shape)}"
+        )
     share = real.to(states) / real.sum(-1, keepdim=True)
     mean = torch.einsum("bwd,bw->bd", states, share)
     return torch.nn.functional.normalize(mean, dim=-1)

@@ -23,14 +23,24 @@ from tokcx_lib.attention import attention_map
 from tokcx_lib.laws import Gaussian, Law
 from tokcx_lib.streaming import Moments, prefix_states, self_attention_moments
 from tokcx_lib.validation import (
+    MOST_DIM,
+    as_array,
     as_count,
+    as_dtype,
+    as_kind,
+    as_law,
     as_lengths,
+    as_list,
     as_matrix,
+    as_number,
     as_positive,
     as_square,
     as_tensor,
     as_tokens,
     as_vectors,
+    finite_answer,
+    rows_that_fit,
+    shown,
 )
 
 MESH = 0.15  # step of the table of a scalar map, in units of 1 / (largest token - smallest token)
@@ -48,6 +58,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @_one_thread()
+@torch.no_grad()
 def pointwise_sweep(
     law: Law, queries, lengths: Sequence[int], replicates: int | Iterable[int], seed: int, A=None, V=None
 ) -> pd.DataFrame:
@@ -69,8 +80,8 @@ def pointwise_sweep(
     ValueError
         If shapes do not match or lengths do not increase.
     """
-    queries = as_tokens("queries", queries, law.dim)
-    lengths = as_lengths("lengths", lengths, most=2**62)
+    queries = as_tokens("queries", queries, as_law("law", law, "sample", "tilted_mean").dim)
+    lengths = as_lengths("lengths", lengths, most=rows_that_fit(law.dim))
     limit = attention_map(law, queries, A, V)
     chosen = _numbers(replicates)
     gaps = []
@@ -124,6 +135,7 @@ def _ball_starts(count: int, dim: int, generator) -> Tensor:
 
 
 @_one_thread()
+@torch.no_grad()
 def largest_error(
     law: Law, tokens, radius: float, A=None, V=None, starts: int = 100, generator=None
 ) -> tuple[float, Tensor]:
@@ -152,11 +164,12 @@ def largest_error(
     ValueError
         If shapes do not match, the radius is not positive, or there are fewer than 4 starts.
     """
-    tokens = as_tokens("tokens", tokens, law.dim)
+    tokens = as_tokens("tokens", tokens, as_law("law", law, "tilted_mean", "tilted_cov").dim)
     A = None if A is None else as_square("A", A, law.dim).to(tokens)
     V = None if V is None else as_matrix("V", V, columns=law.dim).to(tokens)
     gap = _Gap(law, tokens, as_positive("radius", radius), A, V)
-    z = _ball_starts(as_count("starts", starts, least=4), law.dim, generator).to(tokens)
+    starts = as_count("starts", starts, least=4, most=rows_that_fit(len(tokens)))
+    z = _ball_starts(starts, law.dim, generator).to(tokens)
     value, slope = gap(z)
     step = torch.full((len(z), 1), 0.5).to(tokens)
     for steps, keep in ((8, math.ceil(starts / 4)), (12, math.ceil(starts / 16)), (80, 1)):
@@ -204,8 +217,9 @@ def uniform_sweep(
     ValueError
         If shapes do not match, a radius is not positive, or lengths do not increase.
     """
-    radii = [as_positive("radii", radius) for radius in radii]
-    lengths = as_lengths("lengths", lengths, most=2**62)
+    radii = [as_positive("radii", radius) for radius in as_list("radii", radii, "radii")]
+    as_law("law", law, "sample", "tilted_mean", "tilted_cov")
+    lengths = as_lengths("lengths", lengths, most=rows_that_fit(law.dim))
     rows = []
     for replicate in tqdm(_numbers(replicates), desc="replicates", leave=False):
         tokens = law.sample(lengths[-1], runtime.stream(seed, replicate))
@@ -228,13 +242,13 @@ def gaussian_limit(law: Gaussian, A, V=None) -> Moments:
         If the law is not Gaussian, or A or V does not match it.
     """
     if not isinstance(law, Gaussian):
-        raise ValueError(f"limit: only Gaussian tokens have one in closed form here; give it for {type(law).__name__}")
+        raise ValueError(f"law, limit: only Gaussian tokens have one in closed form here; give it for {shown(law)}")
     matrix = law.cov.double() @ as_square("A", A, law.dim).double()
     mean = law.mean.double() + matrix @ law.mean.double()
     if V is not None:
         V = as_matrix("V", V, columns=law.dim).double()
         matrix, mean = V @ matrix, V @ mean
-    return Moments(mean, matrix @ law.cov.double() @ matrix.mT)
+    return Moments(mean, finite_answer("A, V", matrix @ law.cov.double() @ matrix.mT))
 
 
 def power_law_form(dim: int, seed: int = 0, decay: float = 1.0) -> Tensor:
@@ -248,10 +262,10 @@ def power_law_form(dim: int, seed: int = 0, decay: float = 1.0) -> Tensor:
     ValueError
         If `dim` is not a positive integer or `decay` is negative.
     """
-    if not decay >= 0:
-        raise ValueError(f"decay: expected a number >= 0, or infinity, got {decay}")
+    decay = as_number("decay", decay, least=0, finite=False)
     stream = runtime.generator(seed)
-    shape = (2, as_count("dim", dim), dim)
+    dim = as_count("dim", dim, most=MOST_DIM)
+    shape = (2, dim, dim)
     bases, upper = torch.linalg.qr(torch.randn(shape, generator=stream, dtype=torch.float64))
     left, right = bases * upper.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]  # one sign on every machine
     return left / torch.arange(1, dim + 1, dtype=torch.float64) ** decay @ right.mT
@@ -265,7 +279,8 @@ def random_head(dim: int, seed: int) -> tuple[Tensor, Tensor]:
     ValueError
         If `dim` is not a positive integer.
     """
-    shape = (3, as_count("dim", dim), dim)
+    dim = as_count("dim", dim, most=MOST_DIM)
+    shape = (3, dim, dim)
     query, key, value = torch.randn(shape, generator=runtime.stream(seed), dtype=torch.float64) / math.sqrt(dim)
     return key.mT @ query / math.sqrt(dim), value
 
@@ -360,7 +375,8 @@ def horizon_errors(
         its limit, shape (scales, lengths, d_v, d_v), for `leave_one_out`.
     """
     heads = _Heads(law, A, V, scales, lengths, limit)
-    rows, second = heads.errors(as_count("replicate", replicate, least=0), seed, dtype, runtime.device(device))
+    replicate, dtype = as_count("replicate", replicate, least=0, most=2**62), as_dtype("dtype", dtype)
+    rows, second = heads.errors(replicate, seed, dtype, runtime.device(device))
     return pd.DataFrame(rows, columns=_COLUMNS), second
 
 
@@ -379,8 +395,8 @@ def leave_one_out(errors) -> np.ndarray:
     ValueError
         If there is only one replicate.
     """
-    errors = np.asarray(errors)
-    if len(errors) < 2:
+    errors = as_array("errors", errors)
+    if errors.ndim < 2 or len(errors) < 2:
         raise ValueError(f"errors: expected two or more replicates, got shape {errors.shape}")
     total = errors.sum(0, dtype=np.float64)
     return np.stack([(error * (total - error)).sum(-1) for error in errors]) / (len(errors) - 1)
@@ -389,6 +405,8 @@ def leave_one_out(errors) -> np.ndarray:
 def _as_limit(limit, dim: int, V) -> Moments:
     """A limit (mean, cov) of the right shapes, in float64."""
     d_v = dim if V is None else as_matrix("V", V, columns=dim).shape[0]
+    if not isinstance(limit, (tuple, list)) or len(limit) != 2:
+        raise ValueError(f"limit: expected a mean and a covariance, got {shown(limit)}")
     mean, cov = (as_tensor("limit", part).double() for part in limit)
     if mean.shape != (d_v,) or cov.shape != (d_v, d_v):
         raise ValueError(
@@ -399,9 +417,10 @@ def _as_limit(limit, dim: int, V) -> Moments:
 
 def _numbers(replicates: int | Iterable[int]) -> list[int]:
     """Numbers of the replicates to run."""
-    if isinstance(replicates, Iterable):
-        numbers = [as_count("replicates", r, least=0) for r in replicates]
-        if not numbers or len(set(numbers)) < len(numbers):
+    if isinstance(replicates, Iterable) and getattr(replicates, "ndim", 1):
+        given = as_list("replicates", replicates, "numbers of replicates")
+        numbers = [as_count("replicates", r, least=0, most=2**62) for r in given]
+        if len(set(numbers)) < len(numbers):
             raise ValueError(f"replicates: expected different numbers, at least one, got {numbers}")
         return numbers
     return list(range(as_count("replicates", replicates)))
@@ -414,13 +433,15 @@ class _Heads:
     """Heads that differ in scale, on tokens of one law: limits, and the errors of a replicate."""
 
     def __init__(self, law: Law, A, V, scales, lengths, limit, tabulate: bool = True):
-        self.law, self.V = law, V
+        self.law, self.V = as_law("law", law, "sample"), V
         self.tabulate = tabulate and law.dim == 1
-        self.scales = [as_positive("scales", scale) for scale in scales]
-        if not self.scales or len(set(self.scales)) < len(self.scales):
+        self.scales = [as_positive("scales", scale) for scale in as_list("scales", scales, "positive numbers")]
+        if len(set(self.scales)) < len(self.scales):
             raise ValueError(f"scales: expected positive numbers, each given once, got {self.scales}")
         self.A = as_square("A", A, law.dim)
-        self.lengths = as_lengths("lengths", lengths, most=2**62)
+        self.lengths = as_lengths("lengths", lengths, most=rows_that_fit(law.dim))
+        if limit is not None and not callable(limit):
+            raise ValueError(f"limit: expected a function of a bilinear form, got {shown(limit)}")
         find = limit or (lambda form: gaussian_limit(law, form, V))
         self.limits = [_as_limit(find(scale * self.A), law.dim, V) for scale in self.scales]
 
@@ -446,7 +467,7 @@ class _Heads:
 
 def _sweep(heads: _Heads, replicates, seed, dtype, device) -> pd.DataFrame:
     """One row a scale, replicate and n."""
-    place = runtime.device(device)
+    place, dtype = runtime.device(device), as_dtype("dtype", dtype)
     rows = []
     for replicate in tqdm(_numbers(replicates), desc="replicates", leave=False):
         rows += heads.errors(replicate, seed, dtype, place)[0]
@@ -482,6 +503,13 @@ def _scalar_moments(tokens: Tensor, slopes: Sequence[float], V, lengths: Sequenc
 
 
 def hermite_cubic(u: Tensor, start: Tensor, end: Tensor, rise_start: Tensor, rise_end: Tensor) -> Tensor:
-    """Cubic on [0, 1] with the given values and slopes at its ends (Hermite)."""
+    """Cubic on [0, 1] with the given values and slopes at its ends (Hermite). Shapes broadcast."""
+    names = "u", "start", "end", "rise_start", "rise_end"
+    given = [as_tensor(name, part) for name, part in zip(names, (u, start, end, rise_start, rise_end))]
+    u, start, end, rise_start, rise_end = given
+    try:
+        torch.broadcast_shapes(*(part.shape for part in given))
+    except RuntimeError as error:
+        raise ValueError(f"{', '.join(names)}: expected shapes that broadcast ({error})") from error
     jump = end - start
     return start + u * (rise_start + u * (3 * jump - 2 * rise_start - rise_end + u * (rise_start + rise_end - 2 * jump)))

@@ -22,7 +22,19 @@ from torch import Tensor
 
 from tokcx_lib.heads import Head
 from tokcx_lib.softmax_law import softmax_moments
-from tokcx_lib.validation import as_count, as_tensor, as_tokens
+from tokcx_lib.validation import (
+    as_choice,
+    as_count,
+    as_flag,
+    as_kind,
+    as_list,
+    as_number,
+    as_positive,
+    as_tensor,
+    as_tokens,
+    finite_answer,
+    rows_that_fit,
+)
 
 SIDES = ("both", "upper")
 TAIL_SHARE = 0.01  # of a sample, in the Hill estimates of `logit_tails`
@@ -33,8 +45,8 @@ QUERIES = 16  # queries whose logits are held at once
 
 def _as_sample(name: str, x, least: int = 2) -> Tensor:
     """Samples along the last axis, shape (..., n), float64, none of them constant."""
-    sample = as_tensor(name, x).double()
-    if sample.ndim == 0 or sample.shape[-1] < least:
+    sample = as_tensor(name, x).detach().double()
+    if sample.ndim == 0 or sample.shape[-1] < least or 0 in sample.shape:
         raise ValueError(f"{name}: expected shape (..., n) with n >= {least}, got {tuple(sample.shape)}")
     if (sample.amax(-1) == sample.amin(-1)).any():
         raise ValueError(f"{name}: expected samples that vary, got a constant one")
@@ -51,7 +63,7 @@ def standardise(x) -> Tensor:
     """
     sample = _as_sample("x", x)
     centred = sample - sample.mean(-1, keepdim=True)
-    return centred / centred.square().mean(-1, keepdim=True).sqrt()
+    return centred / finite_answer("x", centred.square().mean(-1, keepdim=True).sqrt())
 
 
 def skewness(x) -> Tensor:
@@ -95,7 +107,7 @@ def hill(x, k: int | None = None, side: str = "both") -> Hill:
         If k or the side is not one of these, or fewer than k + 1 values exceed the mean ("upper").
     """
     sample = _as_sample("x", x)
-    _require_side(side)
+    as_choice("side", side, SIDES)
     n = sample.shape[-1]
     k = max(1, round(TAIL_SHARE * n)) if k is None else as_count("k", k)
     if k >= n:
@@ -113,11 +125,6 @@ def _hill(largest: Tensor) -> Hill:
     return Hill(index, index / math.sqrt(k), k)
 
 
-def _require_side(side: str) -> None:
-    if side not in SIDES:
-        raise ValueError(f"side: expected one of {', '.join(SIDES)}, got {side!r}")
-
-
 def normal_hill(share: float, side: str = "both") -> float:
     """What `hill` tends to for Gaussian samples when k is this share of n: 1 / E[log(Z / u) | Z > u], u the quantile.
 
@@ -128,9 +135,9 @@ def normal_hill(share: float, side: str = "both") -> float:
     ValueError
         If the share is not in (0, 1), or above half for the upper side (there u <= 0).
     """
-    _require_side(side)
+    as_choice("side", side, SIDES)
     most = 1.0 if side == "both" else 0.5
-    if not 0 < share < most:
+    if not 0 < as_number("share", share) < most:
         raise ValueError(f"share: expected a number between 0 and {most:g}, got {share}")
     beyond = share / 2 if side == "both" else share  # of the upper tail; the two sides of |Z| are alike
     u = -special.ndtri(beyond)
@@ -147,9 +154,12 @@ def hill_table(x, shares=SHARES, side: str = "both") -> pd.DataFrame:
     DataFrame
         k, share = k / n, hill, hill_error and normal_hill.
     """
-    sample = _as_sample("x", x)
+    sample = _as_sample("x", as_tensor("x", x, ndim=1))
     rows = []
-    for share in shares:
+    for share in as_list("shares", shares, "shares"):
+        share = as_number("shares", share)
+        if not 0 < share < 1:
+            raise ValueError(f"shares: expected numbers between 0 and 1, got {share}")
         k = max(1, round(share * len(sample)))
         found = hill(sample, k, side)
         null = normal_hill(k / len(sample), side)
@@ -164,8 +174,12 @@ def log_mgf(x, t) -> Tensor:
     """
     sample = _as_sample("x", x)
     centred = sample - sample.mean(-1, keepdim=True)
-    t = torch.as_tensor(t, dtype=torch.float64, device=sample.device)
-    return torch.logsumexp(t[..., None] * centred, -1) - math.log(sample.shape[-1])
+    t = as_tensor("t", t).to(sample)
+    try:
+        torch.broadcast_shapes(t.shape, sample.shape[:-1])
+    except RuntimeError as error:
+        raise ValueError(f"t: expected a shape that broadcasts with {tuple(sample.shape[:-1])}, got {tuple(t.shape)}") from error
+    return finite_answer("x, t", torch.logsumexp(t[..., None] * centred, -1) - math.log(sample.shape[-1]))
 
 
 def subgaussian_ratio(x, side: str = "both", points: int = GRID) -> Tensor:
@@ -188,7 +202,7 @@ def subgaussian_ratio(x, side: str = "both", points: int = GRID) -> Tensor:
     Tensor of shape (...), dimensionless
     """
     z = standardise(x)
-    _require_side(side)
+    as_choice("side", side, SIDES)
     upper = _upper_ratio(z, as_count("points", points))
     return upper if side == "upper" else torch.maximum(upper, _upper_ratio(-z, points))
 
@@ -213,8 +227,12 @@ def normal_log_mgf(n: int, t) -> Tensor:
 
     t^2 / 2 while t is well below sqrt(2 log n); beyond, as for n independent values, about t max - log n.
     """
-    scores = torch.special.ndtri((torch.arange(as_count("n", n), dtype=torch.float64) + 0.5) / n)
-    return torch.stack([torch.logsumexp(u * scores, 0) for u in as_tensor("t", t, ndim=1)]) - math.log(n)
+    n = as_count("n", n, most=rows_that_fit(4))
+    scores = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    t = as_tensor("t", t)
+    if t.ndim != 1 or len(t) == 0:
+        raise ValueError(f"t: expected shape (m,) with m >= 1, got {tuple(t.shape)}")
+    return torch.stack([torch.logsumexp(u * scores, 0) for u in t]) - math.log(n)
 
 
 class Quantiles(NamedTuple):
@@ -232,7 +250,8 @@ def qq(x, points: int = 41) -> Quantiles:
     """
     z = standardise(as_tensor("x", x, ndim=1))
     most = -special.ndtri(0.5 / len(z))
-    normal = torch.linspace(-most, most, as_count("points", points, least=2), dtype=torch.float64)
+    points = as_count("points", points, least=2, most=rows_that_fit(4))
+    normal = torch.linspace(-most, most, points, dtype=torch.float64)
     return Quantiles(normal, torch.quantile(z.cpu(), torch.special.ndtr(normal)))
 
 
@@ -255,9 +274,9 @@ def window_variance_ratio(x, window: int, pooled: bool = False) -> Tensor:
     ValueError
         If there are fewer than two whole windows, or a sample is constant.
     """
-    sample = _as_sample("x", x)
+    sample, pooled = _as_sample("x", x), as_flag("pooled", pooled)
     whole = _require_windows(sample.shape[-1], window)
-    cut = sample[..., : whole * window]
+    cut = finite_answer("x", sample[..., : whole * window])
     between = cut.reshape(*cut.shape[:-1], whole, window).mean(-1).var(-1)
     # With few windows the variance within the sample falls short of that of the law by the variance of its mean.
     total = cut.var(-1, correction=0) + between / whole
@@ -295,8 +314,11 @@ def whiten(x) -> Tensor:
 
     Directions whose variance is below 1e-6 of the largest are left out: layer normalisation leaves one without any.
     """
-    tokens = as_tokens("x", x).double()
+    tokens = as_tokens("x", x).detach().double()
     centred = tokens - tokens.mean(0)
+    if not centred.any():
+        raise ValueError("x: expected tokens that vary, got one point")
+    finite_answer("x", centred.square().sum())
     values, vectors = torch.linalg.eigh(centred.mT @ centred / len(centred))
     kept = values > 1e-6 * values[-1]
     return centred @ (vectors[:, kept] / values[kept].sqrt())
@@ -327,7 +349,10 @@ def token_geometry(x, window: int | None = None, outlier: float = 10.0) -> dict[
         Gaussian tokens have. norm_sd, chi_sd : their standard deviations.
         design_effect : of the mean of the tokens, trace over directions, with `window` only.
     """
-    tokens = as_tokens("x", x).double()
+    tokens, outlier = as_tokens("x", x).detach().double(), as_positive("outlier", outlier)
+    if len(tokens) < 2 or (tokens == tokens[0]).all():
+        raise ValueError(f"x: expected two or more tokens that vary, got shape {tuple(tokens.shape)}")
+    finite_answer("x", tokens.square().sum())
     mean, variance = tokens.mean(0), tokens.var(0, correction=0)
     square = tokens.square().mean(0)
     n, unit = len(tokens), torch.nn.functional.normalize(tokens, dim=1)
@@ -425,8 +450,9 @@ def logit_tails(head: Head, queries, keys, window: int | None = None, quantiles=
     ValueError
         If shapes do not match the head, or there are fewer than two windows of keys.
     """
-    keys = as_tokens("keys", keys, head.W_K.shape[1])
-    queries = as_tokens("queries", queries, head.W_Q.shape[1])
+    keys = as_tokens("keys", keys, as_kind("head", head, Head).W_K.shape[1]).detach()
+    queries = as_tokens("queries", queries, head.W_Q.shape[1]).detach()
+    quantiles = [as_number("quantiles", p, 0, 1) for p in as_list("quantiles", quantiles, "quantiles", least=0)]
     q, k, v = head.project(queries.double())[0], *head.project(keys)[1:]
     k, v = k.double(), v.double() - v.double().mean(0)
     blocks = [_logit_block(block @ (k - k.mean(0)).mT, v, window) for block in q.split(QUERIES)]

@@ -1,0 +1,286 @@
+"""The public functions of the library, found by introspection, and for each of them arguments that it takes.
+
+`public_functions` gives the functions and classes that a module defines without an underscore, and the methods of the
+laws. `arguments` gives a call of each. A new function whose parameters have no example here makes the tests fail that
+go through all of them: give an example, or name it in `ELSEWHERE`, with the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import pkgutil
+import typing
+
+import numpy as np
+import pandas as pd
+import torch
+
+import tokcx_lib
+from tokcx_lib import binned, depth, joint, laws, subsampled, sweeps
+from tokcx_lib.heads import Head
+from tokcx_lib.streaming import Moments, Partial, partial_attention
+
+# Modules whose functions are tested elsewhere, and why not here.
+MODULES_ELSEWHERE = {
+    "__main__": "runs the command line",
+    "architectures": "takes models and their configurations",
+    "bench": "measures, for minutes",
+    "check": "takes exercises",
+    "cli": "takes the words of a command line",
+    "corpora": "reads files",
+    "experiments": "runs experiments, for minutes",
+    "heads": "takes models",
+    "peer": "measures, for minutes",
+    "plots": "draws",
+    "probe": "takes models and texts",
+    "records": "reads and writes files",
+    "report": "writes pages",
+    "runs": "reads and writes files",
+    "validation": "is what the doors of all others are made of",
+}
+ELSEWHERE = {
+    "distributed.barrier": "takes nothing",
+    "distributed.local_rank": "takes nothing",
+    "distributed.rank": "takes nothing",
+    "distributed.shard": "takes any list",
+    "distributed.world": "takes nothing",
+    "downstream.article_embeddings": "takes a model",
+    "downstream.collect": "takes articles",
+    "downstream.context_attention": "takes a model",
+    "downstream.draw_errors": "takes a model",
+    "downstream.paragraphs": "takes a model",
+    "downstream.passages": "takes a model",
+    "layerwise.layer_errors": "takes a model",
+    "laws.Law": "a protocol",
+    "runtime.profile": "takes nothing",
+    "runtime.report": "takes nothing",
+    "subsampled.contexts": "takes a model",
+    "subsampled.encode": "takes a model",
+}
+
+
+def public_functions() -> dict[str, typing.Callable]:
+    """`module.name` or `module.Class.method` -> the function, class or unbound method; all that is not `ELSEWHERE`."""
+    found = {}
+    for module in pkgutil.iter_modules(tokcx_lib.__path__):
+        if module.name in MODULES_ELSEWHERE:
+            continue
+        names = vars(importlib.import_module(f"tokcx_lib.{module.name}"))
+        for name, value in names.items():
+            if name.startswith("_") or getattr(value, "__module__", None) != f"tokcx_lib.{module.name}":
+                continue
+            if inspect.isfunction(value):
+                found[f"{module.name}.{name}"] = value
+            elif inspect.isclass(value) and "_fields" not in vars(value):  # named tuples take anything
+                found[f"{module.name}.{name}"] = value
+                for method in ("sample", "log_mgf", "tilted_mean", "tilted_cov"):
+                    if callable(getattr(value, method, None)):
+                        found[f"{module.name}.{name}.{method}"] = getattr(value, method)
+    return {name: value for name, value in found.items() if name not in ELSEWHERE and not name.startswith("laws.Law.")}
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+DIM = 3
+COV = torch.tensor([[1.0, 0.3, 0.0], [0.3, 0.8, 0.1], [0.0, 0.1, 0.6]], dtype=torch.float64)
+FORM = 0.4 * normal(DIM, DIM, seed=1)
+VALUES = normal(2, DIM, seed=2)
+LAWS = {
+    "Gaussian": {"cov": COV, "mean": normal(DIM, seed=3)},
+    "SerialGaussian": {"cov": COV, "correlation": 0.5},
+    "Rademacher": {"dim": DIM},
+    "Uniform": {"dim": DIM},
+    "UniformSphere": {"dim": DIM, "radius": 1.5},
+    "UniformBall": {"dim": DIM, "radius": 1.5},
+    "GaussianMixture": {"weights": torch.tensor([0.3, 0.7]), "means": normal(2, DIM), "covs": torch.stack([COV, 2 * COV])},
+    "Empirical": {"tokens": normal(40, DIM), "weights": torch.full((40,), 1 / 40, dtype=torch.float64)},
+}
+
+
+@functools.cache
+def law(name: str = "Gaussian"):
+    return getattr(laws, name)(**LAWS[name])
+
+
+@functools.cache
+def _head(number: int = 0) -> Head:
+    W_Q, W_K, W_V = (0.5 * normal(2, DIM, seed=10 + 3 * number + i) for i in range(3))
+    return Head(0, number, W_Q, W_K, W_V, normal(2, seed=20 + number), 0.7)
+
+
+@functools.cache
+def _stack() -> depth.Stack:
+    return depth.gaussian_stack(COV, [depth.Layer(FORM, 0.3 * FORM, 0.9)] * 2)
+
+
+@functools.cache
+def _binned(seed: int = 0) -> binned.BinnedTokens:
+    return binned.draw(1000, seed, bins=50)
+
+
+@functools.cache
+def _table() -> pd.DataFrame:
+    n = np.array([10, 100, 1000])
+    rows = [(r, k, (1 + 0.1 * np.sin(3 * r + k)) / np.sqrt(k)) for r in range(8) for k in n]
+    return pd.DataFrame(rows, columns=["replicate", "n", "error"])
+
+
+def _contexts() -> subsampled.Contexts:
+    ids = torch.arange(10).reshape(2, 5)
+    real = torch.tensor([[True] * 5, [True] * 4 + [False]])
+    return subsampled.Contexts(ids, real, ids % 5 == 0)
+
+
+def _partial(seed: int = 0) -> Partial:
+    return partial_attention(normal(4, DIM), normal(9, DIM, seed=seed + 1), normal(9, 2, seed=seed + 2))
+
+
+def _blocks():
+    return [(normal(20, DIM, seed=s), normal(20, 2, seed=s + 5)) for s in range(2)]
+
+
+def _slices(start: int, stop: int):
+    return [(normal(40, DIM)[start:stop], normal(40, 2)[start:stop])]
+
+
+def _unit(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.nn.functional.normalize(normal(*shape, seed=seed), dim=-1)
+
+
+SAMPLE = normal(200, seed=4)
+SPARSE = {"q": normal(4, DIM), "k": normal(40, DIM, seed=1), "v": normal(40, 2, seed=2),
+          "positions": torch.tensor([0, 5, 20, 39]), "budget": 8, "generator": 0}  # fmt: skip
+ATTENTION = {"q": normal(6, DIM), "k": normal(40, DIM, seed=1), "v": normal(40, 2, seed=2), "lengths": [3, 20, 40]}
+SAME = {"q": normal(40, DIM), "k": normal(40, DIM, seed=1), "v": normal(40, 2, seed=2), "lengths": [3, 20, 40]}
+HEADS = {"head": _head(), "pool": normal(40, DIM), "queries": normal(6, DIM, seed=1), "lengths": [4, 20],
+         "replicates": 2, "seed": 0, "window": 2, "alpha": 0.5, "law": law(), "device": "cpu"}  # fmt: skip
+LIMIT = Moments(torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64))
+SWEEP = {"law": law(), "A": FORM, "V": VALUES, "lengths": [5, 20], "replicates": 2, "replicate": 1, "seed": 0,
+         "queries": normal(6, DIM), "scales": [0.5, 1.0], "radii": [0.5, 1.0], "limit": None, "dtype": torch.float64,
+         "device": "cpu", "starts": 8, "tokens": normal(40, DIM), "radius": 1.0, "generator": 0}  # fmt: skip
+FOUR = {"u": torch.linspace(0, 1, 5, dtype=torch.float64), "start": normal(5), "end": normal(5, seed=1),
+        "rise_start": normal(5, seed=2), "rise_end": normal(5, seed=3)}  # fmt: skip
+STATES = [normal(2, 5, DIM, seed=s) for s in range(3)]
+TILT = normal(5, DIM)
+
+# Arguments of the functions of a module, by the names of parameters; those of one function beside it override them.
+MODULES: dict[str, dict] = {
+    "attention": {"law": law(), "tokens": normal(40, DIM), "x": normal(6, DIM), "A": FORM, "V": VALUES},
+    "binned": {"n": 1000, "generator": 0, "bins": 50, "limit": 10.0, "level": 2.0, "tokens": _binned(),
+               "draws": [_binned(0), _binned(1)], "slopes": [0.3, 0.6], "mesh": 0.5, "slope": 0.4,
+               "tilts": normal(7), "points": normal(20, seed=1), "counts": torch.arange(20.0, dtype=torch.float64)},
+    "convergence": HEADS | {"limit": LIMIT, "heads": [_head(0), _head(1)],
+                            "blocks": [normal(20, DIM, seed=s) for s in range(2)],
+                            "segments": [[_partial(s), _partial(s + 5)] for s in range(3)]},
+    "depth": {"cov": COV, "layers": [depth.Layer(FORM, 0.3 * FORM, 0.9)], "keep_trace": True, "dim": DIM, "depth": 2,
+              "horizon": 0.5, "value": 0.5, "seed": 0, "stack": _stack(), "layer": depth.Layer(FORM, 0.3 * FORM, 0.9),
+              "x": normal(12, DIM), "keys": normal(9, DIM), "shifts": normal(12, DIM, seed=1),
+              "queries": normal(4, DIM), "tokens": normal(20, DIM), "lengths": [5, 20], "split_most": 10,
+              "horizons": [0.3, 0.5], "draws": [_binned(0), _binned(1)], "probes": normal(3)},
+    "distributed": {"state": _partial(), "q": normal(4, DIM), "blocks": _slices, "lengths": [3, 40]},
+    "downstream": {"embeddings": _unit(6, DIM), "index": _unit(5, DIM, seed=1), "count": 3, "share": 0.5,
+                   "critical": normal(6, 4).abs(), "error": normal(6).abs(), "states": STATES,
+                   "whole": [s + 0.1 for s in STATES], "text": torch.tensor([[True] * 5, [True] * 4 + [False]])},
+    "extremes": {"n": 1000, "replicates": 5, "generator": 0, "dim": DIM, "count": 4, "tokens": normal(20, 2), "frames": 3},
+    "finite_n": {"n": 20, "load": 0.8, "error": 0.5, "sigma": 1.5, "m": normal(3), "dim": 2},
+    "fits": {"table": _table(), "error": "error", "level": 0.9, "resamples": 50, "seed": 0, "weighted": True,
+             "by": "half"},
+    "geometry": {"cov": COV, "A": FORM, "sided": "one", "x": normal(6, DIM), "shift": normal(DIM)},
+    "joint": {"heads": [_head(0), _head(1)], "outputs": [normal(DIM, 2, seed=s) for s in range(2)],
+              "queries": normal(6, DIM, seed=1), "pool": normal(40, DIM), "errors": normal(2, 6, 2),
+              "limits": joint.Limits(normal(2, 6, 2), 1.0), "lengths": [4, 20], "replicates": 2, "seed": 0,
+              "grams": torch.stack([normal(8, 2, seed=s).mT @ normal(8, 2, seed=s) for s in range(4)])},
+    "laws": {"n": 7, "generator": 0, "t": TILT},
+    "limits": {"law": law("UniformBall"), "A": FORM, "V": VALUES, "points": 64, "repeats": 2, "seed": 0},
+    "moment_bias": {"n": 50.0, "B": FORM, "V": VALUES, "beta": [0.8, 0.3, 0.1], "queries": normal(6, DIM),
+                    "tokens": normal(7, DIM)},
+    "rates": {"psi": 0.5, "kind": "gaussian", "n": 100.0, "sigma": 1.5, "law": law(), "t": TILT, "B": FORM, "W": VALUES,
+              "z": TILT, "radius": 0.5, "A": FORM, "support": None, "spread": None, "cov": COV, "V": VALUES},
+    "runtime": {"name": "cpu", "seed": 3, "keys": 3},
+    "softmax_law": {"n": [10.0, 1e5], "t": 1.5, "law": laws.Gaussian(2.0), "own": [0.5, -1.0]},
+    "sparse": SPARSE | {"keys": torch.arange(20).reshape(4, 5), "log_weights": normal(4, 5), "state": _partial(),
+                        "whole": _partial(3), "n": 40, "width": 8, "extra": 3, "weighted": True, "unit": 1.5},
+    "sparse_law": {"q": normal(4, DIM), "k": normal(40, DIM, seed=1), "v": normal(40, 2, seed=2), "draws": [5, 20],
+                   "load": 1.2, "dim": DIM, "budget": [5, 20], "n": 100.0, "correlation": 0.5, "count": 6, "stride": 2.0,
+                   "x": TILT, "t": normal(5, DIM, seed=1), "lags": torch.arange(-3, 4), "reduced_load": 1.5},
+    "streaming": ATTENTION | {"a": _partial(0), "b": _partial(3), "blocks": _blocks(), "law": law(), "seed": 0,
+                              "start": 5, "stop": 20, "dtype": torch.float64, "device": "cpu", "x": normal(40, DIM),
+                              "A": FORM, "V": VALUES, "shift": normal(DIM)},
+    "subsampled": {"batch": _contexts(), "keys": 2, "seed": 0, "layers": 2, "keep_special": True,
+                   "seen": torch.ones(2, 5, dtype=torch.bool), "states": STATES[0], "real": _contexts().real},
+    "sweeps": SWEEP | FOUR | {"decay": 1.0, "dim": DIM, "errors": normal(5, 2, 4)},
+    "tails": {"x": SAMPLE, "k": 10, "side": "upper", "share": 0.1, "shares": (0.1, 0.05), "t": 0.5, "points": 8, "n": 50,
+              "window": 10, "pooled": True, "outlier": 3.0, "head": _head(), "queries": normal(6, DIM),
+              "keys": normal(200, DIM), "quantiles": (0.05, 0.95)},
+}  # fmt: skip
+FUNCTIONS: dict[str, dict] = {
+    "depth.scalar_errors": {"stack": depth.scalar_stack([0.3, 0.5])},
+    "depth.step": {"x": normal(12, DIM)},
+    "fits.fit_slopes": {"table": pd.concat([_table().assign(half=h) for h in (0, 1)])},
+    "rates.exponent": {},
+    "softmax_law.self_moments": {"t": 1.5},
+    "sparse_law.influence_covariance": {"correlation": [0.5, 0.1]},
+    "sparse_law.top_mass": {"k": [1, 5]},
+    "sparse_law.frozen_missing_mass": {"k": [1, 5]},
+    "streaming.prefix_moments": SAME,
+    "sweeps.horizon_errors": {"limit": None},
+    "tails.log_mgf": {"x": SAMPLE.reshape(2, 100), "t": [0.5, -0.5]},
+    "tails.normal_log_mgf": {"t": [0.5, 1.0]},
+    "tails.token_geometry": {"x": normal(60, DIM)},
+    "tails.whiten": {"x": normal(60, DIM)},
+}
+# The last value of a parameter is the one tried: keyword options that stand in the signature only.
+OPTIONS = {"fits.fit_slopes": ("options",), "runtime.stream": ("keys",)}
+
+
+def arguments(name: str) -> dict:
+    """Arguments of the public function `name`, by the names of its parameters: all of them."""
+    function = public_functions()[name]
+    module, *rest = name.split(".")
+    known = MODULES[module] | FUNCTIONS.get(name, {})
+    if module == "laws" and len(rest) == 1:
+        known = LAWS[rest[0]]
+    found = {}
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            continue
+        if parameter.name == "self":
+            found["self"] = law(rest[0])
+        elif parameter.name not in known:
+            raise LookupError(f"{name}: no example of the argument {parameter.name} in tests/catalogue.py")
+        else:
+            found[parameter.name] = known[parameter.name]
+    return found
+
+
+def call(name: str, given: dict):
+    """What the function answers; an iterator is read to its end."""
+    function = public_functions()[name]
+    positional = name == "runtime.stream"
+    answer = function(*given.values()) if positional else function(**given)
+    return list(answer) if inspect.isgenerator(answer) else answer
+
+
+def numbers(answer) -> list[np.ndarray]:
+    """All numbers of an answer, as float64 arrays."""
+    if isinstance(answer, torch.Tensor):
+        if answer.is_meta or answer.layout != torch.strided:
+            return [np.array(np.nan)]
+        return [answer.detach().cpu().double().numpy()]
+    if isinstance(answer, np.ndarray):
+        return [answer.astype(float)]
+    if isinstance(answer, pd.DataFrame):
+        return [answer.select_dtypes("number").to_numpy(dtype=float)]
+    if isinstance(answer, (bool, int, float, np.number)):
+        return [np.asarray(answer if abs(answer) < 2**1000 else np.inf, dtype=float)]
+    if isinstance(answer, dict):
+        return [part for value in answer.values() for part in numbers(value)]
+    if isinstance(answer, (tuple, list)):
+        return [part for value in answer for part in numbers(value)]
+    if hasattr(answer, "mean") and hasattr(answer, "cov"):  # a law
+        return numbers((answer.mean, answer.cov))
+    return []

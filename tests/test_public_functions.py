@@ -1,0 +1,212 @@
+"""Every public function says what it takes: a bad argument gets a finite answer, or a ValueError that names it.
+
+The functions are found by introspection (`catalogue`), and each argument of each is replaced in turn.
+"""
+
+import contextlib
+import re
+import signal
+import warnings
+
+import catalogue
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+SECONDS = 2.0  # for one call, at most
+PART = 6  # the quick test tries every sixth case
+NAMES = sorted(catalogue.public_functions())
+# Where an answer may hold infinity or NaN, as the docstring says: the factor of an exponential overflows, there is
+# nothing to average, or a number is not asked for.
+OPEN = {
+    "depth.stack_errors",
+    "finite_n.token_budget",
+    "rates.clt_covariance",
+    "rates.influence",
+    "rates.influence_square",
+    "rates.uniform_constant",
+}
+
+
+class TooLong(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def at_most(seconds: float):
+    """Raise TooLong in a block that takes longer."""
+
+    def stop(*_):
+        raise TooLong
+
+    # In seconds of the processor, whatever else it has to do; again and again, where one was swallowed.
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+def everywhere_bad() -> dict[str, object]:
+    """Values that few parameters take, whatever they are."""
+    return {
+        "None": None,
+        "a text": "many",
+        "bytes": b"1",
+        "a complex number": 1j,
+        "an object": object(),
+        "a dictionary": {"a": 1},
+        "a function": len,
+        "a module": torch.nn.Linear(3, 3),
+        "a law": catalogue.laws.Uniform(2),
+        "NaN": float("nan"),
+        "infinity": float("inf"),
+        "minus infinity": -float("inf"),
+        "minus one": -1,
+        "zero": 0,
+        "a half": 0.5,
+        "1e300": 1e300,
+        "10^20": 10**20,
+        "10^400": 10**400,
+        "a numpy integer": np.int64(5),
+        "an array without axes": np.array(1.5),
+        "an empty list": [],
+        "a list of texts": ["a", "b"],
+        "a ragged list": [[1.0], [1.0, 2.0]],
+        "a list of 10^20": [1, 10**20],
+        "an object array": np.array([None, 1.0], dtype=object),
+        "dates": np.array(["2020-01-01"], dtype="datetime64[D]"),
+        "an empty tensor": torch.empty(0),
+        "no rows": torch.empty(0, 3, dtype=torch.float64),
+        "no columns": torch.empty(3, 0, dtype=torch.float64),
+        "a number tensor": torch.tensor(1.5),
+        "one axis": torch.ones(7, dtype=torch.float64),
+        "another shape": torch.ones(4, 5, dtype=torch.float64),
+        "four axes": torch.ones(2, 2, 2, 2, dtype=torch.float64),
+        "an integer tensor": torch.arange(6).reshape(2, 3),
+        "a sparse tensor": torch.eye(3).to_sparse(),
+        "a complex tensor": torch.ones(3, 3, dtype=torch.complex64),
+        "a tensor without memory": torch.ones(3, 3, device="meta"),
+        "a half precision tensor": torch.ones(3, 3, dtype=torch.float16),
+        "a Series": pd.Series([1.0, 2.0], index=[3, 4]),
+        "a table of texts": pd.DataFrame({"a": ["x", "y"]}),
+    }  # fmt: skip
+
+
+def variants(valid) -> dict[str, object]:
+    """The valid value in other forms, and with other numbers."""
+    if isinstance(valid, list) and valid and isinstance(valid[0], (int, float)):
+        return {
+            "the last number alone": valid[-1],
+            "512": 512,
+            "backwards": valid[::-1],
+            "negative": [-x for x in valid],
+            "not whole": [x + 0.5 for x in valid],
+            "an array": np.array(valid),
+            "a tensor": torch.tensor(valid),
+            "nested": [valid],
+        }
+    if not isinstance(valid, torch.Tensor):
+        return {} if isinstance(valid, (bool, int, float)) else {"512": 512}
+    if not valid.is_floating_point():
+        return {"out of range": valid.to(torch.int64) + 1000, "negative": -valid.to(torch.int64), "as numbers": valid * 1.5}
+    poisoned = valid.clone()
+    poisoned[(0,) * valid.ndim] = torch.nan
+    read_only = valid.numpy().copy()
+    read_only.flags.writeable = False
+    frame = pd.DataFrame if valid.ndim == 2 else pd.Series
+    return {
+        "512": 512,
+        "float16": valid.half(),
+        "bfloat16": valid.bfloat16(),
+        "float32": valid.float(),
+        "whole numbers": (4 * valid).long(),
+        "sparse": valid.to_sparse(),
+        "complex": valid.to(torch.complex128),
+        "without memory": valid.to("meta"),
+        "with a gradient": valid.clone().requires_grad_(),
+        "with NaN": poisoned,
+        "infinite": torch.full_like(valid, torch.inf),
+        "1e200": torch.full_like(valid, 1e200, dtype=torch.float64),
+        "1e30 in float32": torch.full_like(valid, 1e30).float(),
+        "zeros": torch.zeros_like(valid),
+        "no rows": valid[:0],
+        "last axis shorter": valid[..., :-1],
+        "one axis more": valid[None],
+        "one row": valid[0],
+        "numpy float16": valid.numpy().astype(np.float16),
+        "big-endian": valid.numpy().astype(">f8"),
+        "long double": valid.numpy().astype(np.longdouble),
+        "read-only": read_only,
+        "a table": frame(valid.numpy()) if valid.ndim in (1, 2) else valid,
+        "lists": valid.tolist(),
+        "objects": valid.numpy().astype(object),
+    }
+
+
+def outcome(name: str, parameter: str, value, most: float = SECONDS) -> str:
+    """`good` or what is wrong with the answer to a call in which one argument is replaced."""
+    given = catalogue.arguments(name) | {parameter: value}
+    word = "device" if name == "runtime.device" else parameter
+    try:
+        with at_most(most), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.simplefilter("ignore", ResourceWarning)
+            answer = catalogue.call(name, given)
+    except TooLong:
+        return "never ends"
+    except ValueError as error:
+        # Its name, or that of an argument which it does not fit, at the beginning.
+        names = "|".join(given)
+        if re.search(rf"(?<!\w){word}(?!\w)", str(error)) or re.match(rf"({names})(, (\w+))*:", str(error)):
+            return "refused"
+        return f"nameless ValueError: {str(error)[:150]}"
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:150]}"
+    if name in OPEN or all(np.isfinite(part).all() for part in catalogue.numbers(answer)):
+        return "good"
+    return "NaN or infinity"
+
+
+def cases(name: str) -> list[tuple[str, str, object]]:
+    """(parameter, what it is replaced by, the value)."""
+    found = []
+    for parameter, valid in catalogue.arguments(name).items():
+        if parameter != "self":
+            found += [(parameter, *case) for case in (everywhere_bad() | variants(valid)).items()]
+    return found
+
+
+@pytest.fixture(autouse=True)
+def quietly(monkeypatch):
+    """Small work on one thread, and no bars of progress."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_example_is_answered(name):
+    assert outcome(name, "self", catalogue.arguments(name).get("self"), most=10.0) in ("good", "refused")
+
+
+def faults(name: str, some: list) -> list[str]:
+    found = [(parameter, what, outcome(name, parameter, value)) for parameter, what, value in some]
+    return [f"{parameter} = {what}: {result}" for parameter, what, result in found if result not in ("good", "refused")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bad_argument_is_understood_or_refused_by_name(name):
+    """A part of all cases, another one for each function."""
+    assert faults(name, cases(name)[NAMES.index(name) % PART :: PART]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_bad_argument_is_understood_or_refused_by_name(name):
+    assert faults(name, cases(name)) == []
