@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 import tokcx_lib
-from tokcx_lib import binned, depth, joint, laws, subsampled, sweeps
+from tokcx_lib import binned, depth, joint, laws, subsampled
 from tokcx_lib.heads import Head
 from tokcx_lib.streaming import Moments, Partial, partial_attention
 
@@ -96,7 +96,7 @@ LAWS = {
     "Uniform": {"dim": DIM},
     "UniformSphere": {"dim": DIM, "radius": 1.5},
     "UniformBall": {"dim": DIM, "radius": 1.5},
-    "GaussianMixture": {"weights": torch.tensor([0.3, 0.7]), "means": normal(2, DIM), "covs": torch.stack([COV, 2 * COV])},
+    "GaussianMixture": {"weights": torch.tensor([0.3, 0.7]), "means": normal(2, DIM), "covs": torch.stack([COV, COV / 2])},
     "Empirical": {"tokens": normal(40, DIM), "weights": torch.full((40,), 1 / 40, dtype=torch.float64)},
 }
 
@@ -185,7 +185,8 @@ MODULES: dict[str, dict] = {
     "downstream": {"embeddings": _unit(6, DIM), "index": _unit(5, DIM, seed=1), "count": 3, "share": 0.5,
                    "critical": normal(6, 4).abs(), "error": normal(6).abs(), "states": STATES,
                    "whole": [s + 0.1 for s in STATES], "text": torch.tensor([[True] * 5, [True] * 4 + [False]])},
-    "extremes": {"n": 1000, "replicates": 5, "generator": 0, "dim": DIM, "count": 4, "tokens": normal(20, 2), "frames": 3},
+    "extremes": {"n": 1000, "replicates": 5, "generator": 0, "dim": DIM, "count": 4, "frames": 3,
+                 "tokens": normal(20, 2)},
     "finite_n": {"n": 20, "load": 0.8, "error": 0.5, "sigma": 1.5, "m": normal(3), "dim": 2},
     "fits": {"table": _table(), "error": "error", "level": 0.9, "resamples": 50, "seed": 0, "weighted": True,
              "by": "half"},
@@ -205,16 +206,16 @@ MODULES: dict[str, dict] = {
     "sparse": SPARSE | {"keys": torch.arange(20).reshape(4, 5), "log_weights": normal(4, 5), "state": _partial(),
                         "whole": _partial(3), "n": 40, "width": 8, "extra": 3, "weighted": True, "unit": 1.5},
     "sparse_law": {"q": normal(4, DIM), "k": normal(40, DIM, seed=1), "v": normal(40, 2, seed=2), "draws": [5, 20],
-                   "load": 1.2, "dim": DIM, "budget": [5, 20], "n": 100.0, "correlation": 0.5, "count": 6, "stride": 2.0,
-                   "x": TILT, "t": normal(5, DIM, seed=1), "lags": torch.arange(-3, 4), "reduced_load": 1.5},
+                   "load": 1.2, "dim": DIM, "budget": [5, 20], "n": 100.0, "correlation": 0.5, "count": 6,
+                   "stride": 2.0, "x": TILT, "t": normal(5, DIM, seed=1), "lags": torch.arange(-3, 4), "reduced_load": 1.5},
     "streaming": ATTENTION | {"a": _partial(0), "b": _partial(3), "blocks": _blocks(), "law": law(), "seed": 0,
                               "start": 5, "stop": 20, "dtype": torch.float64, "device": "cpu", "x": normal(40, DIM),
                               "A": FORM, "V": VALUES, "shift": normal(DIM)},
     "subsampled": {"batch": _contexts(), "keys": 2, "seed": 0, "layers": 2, "keep_special": True,
                    "seen": torch.ones(2, 5, dtype=torch.bool), "states": STATES[0], "real": _contexts().real},
     "sweeps": SWEEP | FOUR | {"decay": 1.0, "dim": DIM, "errors": normal(5, 2, 4)},
-    "tails": {"x": SAMPLE, "k": 10, "side": "upper", "share": 0.1, "shares": (0.1, 0.05), "t": 0.5, "points": 8, "n": 50,
-              "window": 10, "pooled": True, "outlier": 3.0, "head": _head(), "queries": normal(6, DIM),
+    "tails": {"x": SAMPLE, "k": 10, "side": "upper", "share": 0.1, "shares": (0.1, 0.05), "t": 0.5, "points": 8,
+              "n": 50, "window": 10, "pooled": True, "outlier": 3.0, "head": _head(), "queries": normal(6, DIM),
               "keys": normal(200, DIM), "quantiles": (0.05, 0.95)},
 }  # fmt: skip
 FUNCTIONS: dict[str, dict] = {

@@ -20,7 +20,7 @@ def matrices(lay):
 LAYOUTS = {
     "transposed": matrices(lambda x: x.mT.contiguous().mT),
     "Fortran order": matrices(lambda x: np.asfortranarray(x.numpy())),
-    "every other column": lambda x: torch.stack([x, 1 - x], -1).flatten(-2)[..., ::2],
+    "every other entry": lambda x: torch.stack([x, 1 - x], -1).flatten(-2)[..., ::2],
     "every other row": matrices(lambda x: torch.stack([x, 1 - x], -2).flatten(-3, -2)[..., ::2, :]),
     "inside a larger one": matrices(lambda x: torch.nn.functional.pad(x, (1, 2, 3, 4), value=9)[..., 3:-4, 1:-2]),
     "at an offset": lambda x: torch.cat([1 - x, x])[len(x) :],
@@ -72,12 +72,16 @@ def test_the_answer_does_not_depend_on_the_layout(name):
         given = {key: in_precision(value, dtype) for key, value in catalogue.arguments(name).items()}
         for parameter, number in places(name):
             tensor = given[parameter] if number is None else given[parameter][number]
+            usual = answer(name, given, parameter, number, tensor)
             for layout, lay in LAYOUTS.items():
                 laid = lay(tensor)
                 if laid is None or number is not None and not isinstance(laid, torch.Tensor):
                     continue
-                plain = torch.as_tensor(np.ascontiguousarray(laid)).clone(memory_format=torch.contiguous_format)
-                found, expected = (answer(name, given, parameter, number, value) for value in (laid, plain))
+                expected = usual
+                if "expanded" in layout:  # other numbers
+                    plain = laid.clone(memory_format=torch.contiguous_format)
+                    expected = answer(name, given, parameter, number, plain)
+                found = answer(name, given, parameter, number, laid)
                 where = f"{parameter} {'' if number is None else number} {layout} {dtype}"
                 if isinstance(expected, str):
                     assert found == expected, where

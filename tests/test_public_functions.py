@@ -112,7 +112,8 @@ def variants(valid) -> dict[str, object]:
     if not isinstance(valid, torch.Tensor):
         return {} if isinstance(valid, (bool, int, float)) else {"512": 512}
     if not valid.is_floating_point():
-        return {"out of range": valid.to(torch.int64) + 1000, "negative": -valid.to(torch.int64), "as numbers": valid * 1.5}
+        whole = valid.to(torch.int64)
+        return {"out of range": whole + 1000, "negative": -whole, "not whole": valid * 1.5}
     poisoned = valid.clone()
     poisoned[(0,) * valid.ndim] = torch.nan
     read_only = valid.numpy().copy()

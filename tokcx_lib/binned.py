@@ -193,9 +193,8 @@ def weighted_attention(tilts: Tensor, points: Tensor, counts: Tensor, mesh: floa
     Many tilts share one table of the map, with steps of `mesh` / (range of the points), as in `self_attention`.
     """
     mesh = as_positive("mesh", mesh)
-    tilts, points, counts = (
-        as_tensor(name, part, ndim=1).double() for name, part in (("tilts", tilts), ("points", points), ("counts", counts))
-    )
+    tilts = as_tensor("tilts", tilts, ndim=1).double()
+    points, counts = as_tensor("points", points, ndim=1).double(), as_tensor("counts", counts, ndim=1).double()
     if len(tilts) == 0 or points.shape != counts.shape:
         raise ValueError(
             f"tilts, points, counts: expected shapes (q,), (m,) and (m,), got "

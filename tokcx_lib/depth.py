@@ -99,7 +99,8 @@ def gaussian_stack(cov, layers: Sequence[Layer], keep_trace: bool = False) -> St
         A, V = (as_square(name, matrix, dim).detach().double() for name, matrix in named)
         plain = one + V @ covs[-1] @ A
         if keep_trace:
-            gain = math.sqrt(scale / as_positive("trace of cov after layers", (plain @ covs[-1] @ plain.mT).trace().item()))
+            trace = (plain @ covs[-1] @ plain.mT).trace().item()
+            gain = math.sqrt(scale / as_positive("trace of cov after layers", trace))
         else:
             gain = as_positive("layers: gain", layer.gain)
         done.append(Layer(A, V, gain))
@@ -244,7 +245,8 @@ def stack_errors(stack: Stack, tokens: Tensor, lengths: Sequence[int], split_mos
     their covariance, relative to that of Sigma_l; sample_mean and sample_cov, the same of x: the error of the draw.
     """
     tokens = as_tokens("tokens", tokens, len(as_kind("stack", stack, Stack).covs[0])).detach()
-    lengths, split_most = as_lengths("lengths", lengths, most=len(tokens)), as_number("split_most", split_most, finite=False)
+    lengths = as_lengths("lengths", lengths, most=len(tokens))
+    split_most = as_number("split_most", split_most, finite=False)
     rows = []
     for n in lengths:
         exact = moved = tokens[:n]
@@ -278,7 +280,8 @@ def _moment_errors(x: Tensor, cov: Tensor) -> tuple[float, float]:
 def scalar_stack(horizons: Sequence[float], value: float = 1.0) -> Stack:
     """Layers in one dimension whose tokens stay N(0, 1): horizon of each, V = value, gain 1 / (1 + value horizon)."""
     one = torch.eye(1, dtype=torch.float64)
-    layers = [Layer(as_positive("horizons", h) * one, as_positive("value", value) * one) for h in as_list("horizons", horizons)]
+    horizons = as_list("horizons", horizons, "positive numbers")
+    layers = [Layer(as_positive("horizons", h) * one, as_positive("value", value) * one) for h in horizons]
     with naming("horizons, value"):
         return gaussian_stack(one, layers, keep_trace=True)
 
@@ -301,7 +304,7 @@ def scalar_errors(stack: Stack, draws: Sequence[binned.BinnedTokens], probes) ->
     """
     probes = as_tensor("probes", probes, ndim=1).detach().double()
     if len(as_kind("stack", stack, Stack).covs[0]) != 1 or not len(probes):
-        raise ValueError(f"stack, probes: expected one of `scalar_stack` and at least one query, got {len(probes)} queries")
+        raise ValueError(f"stack, probes: expected a `scalar_stack` and at least one query, got {len(probes)} queries")
     draws = [as_kind("draws", tokens, binned.BinnedTokens) for tokens in as_list("draws", draws, "sets of tokens")]
     shape = len(stack.layers), len(draws)
     at_probes = torch.zeros(*shape, len(probes), dtype=torch.float64)

@@ -155,9 +155,8 @@ def flip_rate(critical, error, share: float):
     if (error < 0).any():
         raise ValueError(f"error: expected numbers >= 0, got {error.min().item():.3g}")
     if critical.ndim != error.ndim + 1 or critical.shape[:-1] != error.shape:
-        raise ValueError(
-            f"critical: expected distances for each error, shape (*{tuple(error.shape)}, competitors), got {tuple(critical.shape)}"
-        )
+        shapes = f"(*{tuple(error.shape)}, competitors), got {tuple(critical.shape)}"
+        raise ValueError(f"critical: expected distances for each error, shape {shapes}")
     if not 0 < as_number("share", share) <= 1:
         raise ValueError(f"share: expected a number above 0 and at most 1, got {share}")
     ratio = critical / (share * error)[..., None]  # infinite where there is no error
@@ -218,7 +217,7 @@ def state_errors(states: Sequence[Tensor], whole: Sequence[Tensor], text: Tensor
     text, lists = as_mask("text", text), {"states": states, "whole": whole}
     for name, part in lists.items():
         if not isinstance(part, (list, tuple)) or len(part) < 2:
-            raise ValueError(f"{name}: expected tensors (b, width, d), of the input and of each layer, got {shown(part)}")
+            raise ValueError(f"{name}: expected tensors (b, width, d), of input and layers, got {shown(part)}")
         lists[name] = [as_tensor(name, x, ndim=3) for x in part]
         if any(x.shape[:2] != text.shape for x in lists[name]):
             raise ValueError(f"{name}: expected shapes (b, width, d) with text (b, width), got {tuple(part[0].shape)}")

@@ -145,8 +145,8 @@ def _resample(table: pd.DataFrame, error: str, resamples: int, seed: int) -> _Sa
     if table.duplicated(["replicate", "n"]).any():
         others = [name for name in table if name not in ("replicate", "n", error)]
         raise ValueError(
-            "table: expected one row for each replicate and n, got several; take the rows of one setting, or `fit_slopes` "
-            f"with `by`, such as one of {others}"
+            "table: expected one row for each replicate and n, got several; take the rows of one setting, or "
+            f"`fit_slopes` with `by`, such as one of {others}"
         )
     grid = table.pivot(index="replicate", columns="n", values=error)
     if grid.shape[0] < 2 or grid.shape[1] < 2 or grid.isna().any(axis=None):

@@ -37,7 +37,8 @@ def _as_number_of_tokens(n, least: float = 1) -> float:
 def _require_loads(names: str, load) -> None:
     """Raise ValueError if a query looks nowhere, or further than the exact laws are computed."""
     if not load.min() > 0 or not load.max() <= MOST_TILT:
-        raise ValueError(f"{names}: expected loads |Bx| above 0, up to {MOST_TILT:g}, got {load.min():.4g} to {load.max():.4g}")
+        found = f"{load.min():.4g} to {load.max():.4g}"
+        raise ValueError(f"{names}: expected loads |Bx| above 0, up to {MOST_TILT:g}, got {found}")
 
 
 def second_moment_bias(n: float, B, V=None) -> Tensor:
@@ -261,7 +262,8 @@ def shared_keys_projection(n: float, B, V=None, tokens=None, queries=None) -> Te
     n = _as_number_of_tokens(n, least=2)
     limit = shared_keys_covariance(B) / n
     B, V = _as_forms(B, V)
-    z, x = (as_tokens(name, part, len(B)).detach().double() for name, part in (("tokens", tokens), ("queries", queries)))
+    z = as_tokens("tokens", tokens, len(B)).detach().double()
+    x = as_tokens("queries", queries, len(B)).detach().double()
     if len(x) % 2:
         raise ValueError(f"queries: expected an even number, got {len(x)}")
     for name, part in (("tokens", z), ("queries", x)):

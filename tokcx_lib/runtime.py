@@ -80,7 +80,8 @@ def stream(*keys: int) -> torch.Generator:
     ValueError
         If a key is not an integer >= 0.
     """
-    state = np.random.SeedSequence([as_count("seed, keys", key, least=0, most=2**128) for key in keys]).generate_state(1, np.uint64)
+    numbers = [as_count("seed, keys", key, least=0, most=2**128) for key in keys]
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return generator(int(state[0]) >> 1)
 
 

@@ -296,7 +296,8 @@ def output_error(state: Partial, whole: Partial, unit: float = 1.0) -> Tensor:
     """Root mean square over queries of the distance between two outputs (..., m, d_v), in units of `unit`: (...)."""
     as_kind("state", state, Partial), as_kind("whole", whole, Partial)
     if state.output.shape != whole.output.shape:
-        raise ValueError(f"state: expected outputs {tuple(whole.output.shape)} as in whole, got {tuple(state.output.shape)}")
+        wanted, found = tuple(whole.output.shape), tuple(state.output.shape)
+        raise ValueError(f"state: expected outputs of shape {wanted} as in whole, got {found}")
     return (state.output - whole.output).double().square().sum(-1).mean(-1).sqrt() / as_positive("unit", unit)
 
 

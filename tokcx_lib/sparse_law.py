@@ -19,7 +19,6 @@ from tokcx_lib.softmax_law import MOST_TOKENS
 from tokcx_lib.validation import (
     as_array,
     as_attention,
-    as_broadcast,
     as_count,
     as_list,
     as_number,

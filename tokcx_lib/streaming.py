@@ -223,7 +223,7 @@ def stream_states(q: Tensor, blocks: Iterable[tuple[Tensor, Tensor]], lengths: S
         At once if the lengths do not increase; while reading, as `partial_attention`, and if the blocks end too early.
     """
     q = as_tensor("q", q).detach()
-    if not isinstance(blocks, Iterable) or isinstance(blocks, Tensor):
+    if not isinstance(blocks, Iterable) or hasattr(blocks, "ndim"):
         raise ValueError(f"blocks: expected pairs of keys and values, one after the other, got {shown(blocks)}")
     return _states(q, _checked(q, blocks), as_lengths("lengths", lengths, most=2**62))
 
@@ -349,7 +349,7 @@ def prefix_moments(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> M
     count = torch.tensor(lengths, dtype=torch.float64, device=v.device)
     mean = total / count.reshape(-1, *[1] * (total.ndim - 1))
     cov = square / count.reshape(-1, *[1] * (square.ndim - 1)) - mean[..., :, None] * mean[..., None, :]
-    return Moments(mean + pivot[..., 0, :].double(), cov)
+    return Moments(mean + pivot[..., 0, :].double(), finite_answer("v", cov))
 
 
 def _growing_states(q, k, v, lengths, low) -> Iterator[tuple[int, Partial]]:

@@ -106,7 +106,8 @@ def draw_keys(
         asked = torch.as_tensor(keys)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"keys: expected an integer, or one for each context, got {shown(keys)}") from error
-    if asked.is_complex() or asked.is_meta or asked.layout != torch.strided or asked.is_floating_point() or asked.dtype == torch.bool or asked.shape not in ((), batch.ids.shape[:1]):
+    whole = asked.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    if not whole or asked.is_meta or asked.layout != torch.strided or asked.shape not in ((), batch.ids.shape[:1]):
         raise ValueError(f"keys: expected an integer, or one for each of {len(batch.ids)} contexts, got {shown(keys)}")
     if (asked < 1).any():
         raise ValueError(f"keys: expected at least 1, got {int(asked.min())}")
@@ -185,8 +186,8 @@ def pooled(states: Tensor, real: Tensor) -> Tensor:
     states, real = as_tensor("states", states), as_mask("real", real)
     if states.ndim != 3 or states.shape[:2] != real.shape or not real.any(-1).all():
         raise ValueError(
-            f"states, real: expected shapes (b, width, d) and (b, width) with a token in each context, got {tuple(states.shape)} "
-            f"and {tuple(real.shape)}"
+            "states, real: expected shapes (b, width, d) and (b, width) with a token in each context, got "
+            f"{tuple(states.shape)} and {tuple(real.shape)}"
         )
     share = real.to(states) / real.sum(-1, keepdim=True)
     mean = torch.einsum("bwd,bw->bd", states, share)

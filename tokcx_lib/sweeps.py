@@ -27,7 +27,6 @@ from tokcx_lib.validation import (
     as_array,
     as_count,
     as_dtype,
-    as_kind,
     as_law,
     as_lengths,
     as_list,
@@ -512,4 +511,5 @@ def hermite_cubic(u: Tensor, start: Tensor, end: Tensor, rise_start: Tensor, ris
     except RuntimeError as error:
         raise ValueError(f"{', '.join(names)}: expected shapes that broadcast ({error})") from error
     jump = end - start
-    return start + u * (rise_start + u * (3 * jump - 2 * rise_start - rise_end + u * (rise_start + rise_end - 2 * jump)))
+    curved = u * (rise_start + rise_end - 2 * jump)
+    return finite_answer(", ".join(names), start + u * (rise_start + u * (3 * jump - 2 * rise_start - rise_end + curved)))

@@ -178,7 +178,8 @@ def log_mgf(x, t) -> Tensor:
     try:
         torch.broadcast_shapes(t.shape, sample.shape[:-1])
     except RuntimeError as error:
-        raise ValueError(f"t: expected a shape that broadcasts with {tuple(sample.shape[:-1])}, got {tuple(t.shape)}") from error
+        wanted = f"a shape that broadcasts with {tuple(sample.shape[:-1])}"
+        raise ValueError(f"t: expected {wanted}, got {tuple(t.shape)}") from error
     return finite_answer("x, t", torch.logsumexp(t[..., None] * centred, -1) - math.log(sample.shape[-1]))
 
 

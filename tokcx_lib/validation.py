@@ -60,7 +60,7 @@ def as_tensor(name: str, value, ndim: int | None = None, finite: bool = True) ->
         raise ValueError(f"{name}: expected numbers, got {shown(value)} ({error})") from error
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         kind = "without memory" if tensor.is_meta else f"of layout {tensor.layout}"
-        raise ValueError(f"{name}: expected a dense tensor with numbers in it, got one {kind}, shape {tuple(tensor.shape)}")
+        raise ValueError(f"{name}: expected a dense tensor with numbers in it, got one {kind}, {shown(tensor)}")
     if tensor.is_complex():
         raise ValueError(f"{name}: expected real numbers, got {tensor.dtype}")
     if tensor.dtype not in FLOATS:
@@ -132,7 +132,9 @@ def as_broadcast(names: str, *arrays: np.ndarray) -> list[np.ndarray]:
 
 def _few(array: np.ndarray) -> str:
     """What an array holds, if it is small."""
-    return f"{array}" if array.ndim == 0 else f"shape {array.shape}, from {array.min():g} to {array.max():g}" if array.size else "none"
+    if array.size == 0:
+        return "none"
+    return f"{array}" if array.ndim == 0 else f"shape {array.shape}, from {array.min():g} to {array.max():g}"
 
 
 def _within(least: float, most: float) -> str:
@@ -223,7 +225,8 @@ def as_indices(name: str, value, most: int, ndim: int = 1) -> Tensor:
         raise ValueError(f"{name}: expected integers with {ndim} axes, none empty, got {shown(value)}")
     whole = found.long()
     if (whole != found).any() or whole.min() < 0 or whole.max() > most:
-        raise ValueError(f"{name}: expected integers from 0 to {most}, got {found.min().item()} to {found.max().item()}")
+        least, largest = found.min().item(), found.max().item()
+        raise ValueError(f"{name}: expected integers from 0 to {most}, got {least} to {largest}")
     return whole
 
 
@@ -235,7 +238,7 @@ def as_mask(name: str, value) -> Tensor:
 
 
 def as_attention(q, k, v) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (..., m, d), keys (..., n, d) and values (..., n, d_v) that fit, without graph, with logits that are finite.
+    """Queries (..., m, d), keys (..., n, d) and values (..., n, d_v) that fit, without graph, with finite logits.
 
     They are of one precision, on one device; keys and values have the batch axes of the queries, or the last of them.
     """
@@ -260,13 +263,13 @@ def as_attention(q, k, v) -> tuple[Tensor, Tensor, Tensor]:
 
 def _grouped(q: Tensor, k: Tensor) -> str:
     """How to give queries of which several heads share one of keys."""
-    if q.ndim < 3 or k.ndim < 3 or q.shape[-3] % k.shape[-3]:
+    if q.ndim < 3 or k.ndim < 3 or q.shape[-3] == k.shape[-3] or q.shape[-3] % k.shape[-3]:
         return ""
     group, (heads, m, d) = q.shape[-3] // k.shape[-3], (k.shape[-3], *q.shape[-2:])
     return (
         f"; where {group} heads of queries share one of keys, as in grouped-query attention, give "
-        f"k.repeat_interleave({group}, -3) and v alike, or, without a copy, q.unflatten(-3, ({heads}, {group})).flatten(-3, -2): "
-        f"queries (..., {heads}, {group * m}, {d})"
+        f"k.repeat_interleave({group}, -3) and v alike, or, without a copy, queries (..., {heads}, {group * m}, {d}): "
+        f"q.unflatten(-3, ({heads}, {group})).flatten(-3, -2)"
     )
 
 
@@ -338,8 +341,10 @@ def as_flag(name: str, value) -> bool:
 def as_list(name: str, value, what: str = "things", least: int = 1) -> list:
     """A list made from any iterable but a text, of at least so many items."""
     try:
-        items = None if isinstance(value, (str, bytes, dict)) else value.tolist() if hasattr(value, "tolist") else list(value)
+        items = value.tolist() if hasattr(value, "tolist") else list(value)
     except (TypeError, NotImplementedError, RuntimeError):  # not iterable, or a tensor without numbers
+        items = None
+    if isinstance(value, (str, bytes, dict)):
         items = None
     if not isinstance(items, list):
         raise ValueError(f"{name}: expected a list of {what}, got {shown(value)}")
