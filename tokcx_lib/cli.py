@@ -196,13 +196,14 @@ def _shown(table):
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from tokcx_lib.softmax_law import MOST_TOKENS
+    from tokcx_lib.softmax_law import MOST_TILT, MOST_TOKENS
 
     given = {name for name in ("load", "error", "horizon", "tokens") if getattr(options, name) is not None}
     if not given or given not in ({"load"}, {"load", "error"}, {"load", "tokens"}, {"horizon", "tokens"}):
         shown = " ".join(f"--{name}" for name in sorted(given)) or "none"
         raise ValueError(f"predict: expected --load, with --error or --tokens, or --horizon and --tokens, got {shown}")
-    for name, least, most in (("load", TINY, HUGE), ("horizon", TINY, HUGE), ("tokens", 1.0, MOST_TOKENS)):
+    loads = HUGE if given == {"load"} else MOST_TILT  # budgets are closed forms
+    for name, least, most in (("load", TINY, loads), ("horizon", TINY, HUGE), ("tokens", 1.0, MOST_TOKENS)):
         if name in given and not least <= getattr(options, name) <= most:
             raise ValueError(f"{name}: expected a number from {least:g} to {most:g}, got {getattr(options, name)}")
     _predict_horizon(options.horizon, options.tokens) if "horizon" in given else _predict_load(options)
