@@ -3,7 +3,8 @@
 # requirements changes.
 
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
 # As strict as it gets: a warning or a reference to nowhere fails the build.
 BUILD := $(BIN)/jupyter-book build -q . --all -W -n --keep-going
@@ -13,7 +14,7 @@ TEST := $(BIN)/python -m pytest --nbval --nbval-current-env \
 	--nbval-sanitize-with tests/nbval_sanitize.cfg \
 	--nbval-cell-timeout 600 tests chapters
 
-.PHONY: help book test test-all run lab course slides check-pins clean
+.PHONY: help book test test-all test-unit run lab course slides check-pins check-pythons check-lowest clean
 
 help:
 	@echo "make book        build the book from its stored outputs (installs what it takes to render)"
@@ -25,33 +26,35 @@ help:
 	@echo "make course      student and instructor copies of the chapters, into dist/course"
 	@echo "make slides      the lectures as slides, into dist/course/slides"
 	@echo "make check-pins  do the pinned versions resolve on Python 3.11, 3.12 and 3.13?"
+	@echo "make check-pythons   the unit tests on each of them that is here, in .venv-3.11, …"
+	@echo "make check-lowest    the library's tests with the lowest versions that pyproject.toml declares (Python 3.11)"
 	@echo "make clean       remove what was built (not .venv)"
 	@echo "PYTHON=python3.12 make …  chooses the Python, 3.11 or newer, of a new .venv"
 
-book: .venv/.book
+book: $(VENV)/.book
 	@rm -rf _build  # --all leaves pages that are no longer in the book
 	$(BUILD)
 	@echo "The book: file://$(CURDIR)/_build/html/index.html"
 
-test: .venv/.full
+test: $(VENV)/.full
 	$(TEST)
 
-test-all: .venv/.full
+test-all: $(VENV)/.full
 	$(TEST) -m "slow or not slow"
 
-run: .venv/.full
+run: $(VENV)/.full
 	$(BIN)/python tools/notebooks.py run $(if $(FORCE),--force) $(CHAPTER)
 
-lab: .venv/.full
+lab: $(VENV)/.full
 	$(BIN)/jupyter lab chapters
 
-course: .venv/.full
+course: $(VENV)/.full
 	$(BIN)/python -m tools.course
 
-slides: .venv/.full
+slides: $(VENV)/.full
 	$(BIN)/python -m tools.slides
 
-check-pins: .venv/.created
+check-pins: $(VENV)/.created
 	@for version in 3.11 3.12 3.13; do \
 		echo "Python $$version"; \
 		$(PIP) --dry-run --ignore-installed --only-binary=:all: --target _build/pins \
@@ -59,25 +62,42 @@ check-pins: .venv/.created
 	done
 	@echo "The pinned versions resolve on all three."
 
+test-unit: $(VENV)/.full
+	$(BIN)/python -m pytest tests --ignore tests/book --ignore tests/test_nbval.py
+
+check-pythons:
+	@for version in 3.11 3.12 3.13; do \
+		command -v python$$version >/dev/null || { echo "no python$$version here: not tried"; continue; }; \
+		$(MAKE) --no-print-directory VENV=.venv-$$version PYTHON=python$$version test-unit || exit 1; \
+	done
+
+# No tests of the book and its tools: they ask for the pinned versions.
+check-lowest:
+	@$(MAKE) --no-print-directory VENV=.venv-lowest .venv-lowest/.created
+	.venv-lowest/bin/python tools/lowest.py >.venv-lowest/lowest.txt
+	.venv-lowest/bin/python -m pip --disable-pip-version-check -qq install -r .venv-lowest/lowest.txt
+	.venv-lowest/bin/python -m pip --disable-pip-version-check -qq install --no-deps -r requirements/model.txt
+	.venv-lowest/bin/python -m pytest $$(grep -LE '^(from|import) (tools|tests|record_table)|nbval|"tests/book"' tests/test_*.py)
+
 clean:
 	rm -rf _build build dist *.egg-info .pytest_cache .hypothesis chapters/.ipynb_checkpoints
 	find tokcx_lib tests tools book -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/.created:
+$(VENV)/.created:
 	@command -v "$(PYTHON)" >/dev/null || { echo "no $(PYTHON) here; name yours: make PYTHON=/path/to/python3.11 …" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, and $(PYTHON) is $$($(PYTHON) --version 2>&1); name another: make PYTHON=python3.12 …" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-.venv/.book: .venv/.created requirements/book.txt requirements/constraints.txt
+$(VENV)/.book: $(VENV)/.created requirements/book.txt requirements/constraints.txt
 	@echo "Installing what it takes to render the book (a minute or two) …"
 	$(PIP) -r requirements/book.txt
 	@touch $@
 
-.venv/.full: .venv/.created requirements.txt requirements/book.txt requirements/model.txt requirements/slides.txt requirements/constraints.txt pyproject.toml
+$(VENV)/.full: $(VENV)/.created requirements.txt requirements/book.txt requirements/model.txt requirements/slides.txt requirements/constraints.txt pyproject.toml
 	@echo "Installing everything, PyTorch included (some minutes) …"
 	$(PIP) -r requirements.txt
 	$(PIP) --no-deps -r requirements/model.txt -r requirements/slides.txt
 	$(PIP) --no-deps --no-build-isolation -e .
-	@touch .venv/.book $@
+	@touch $(VENV)/.book $@

@@ -158,12 +158,24 @@ def mutants(path: Path) -> list[Mutant]:
     return found
 
 
+class _Generators(ast.NodeTransformer):
+    """Every comprehension as a generator, whose names have a scope of their own in all Pythons (3.12 inlines the rest)."""
+
+    def visit_ListComp(self, node):
+        return self.generic_visit(ast.GeneratorExp(node.elt, node.generators))
+
+    visit_SetComp = visit_ListComp
+
+    def visit_DictComp(self, node):
+        return self.generic_visit(ast.GeneratorExp(ast.Tuple([node.key, node.value], ast.Load()), node.generators))
+
+
 def names(source: str) -> tuple[set[str], set[str]]:
     """Global names that a cell needs from earlier cells, and those it binds."""
     needed, bound = set(), set()
     for statement in ast.parse(source).body:
         reads, writes = set(), set()
-        tables = [symtable.symtable(ast.unparse(statement), "cell", "exec")]
+        tables = [symtable.symtable(ast.unparse(_Generators().visit(statement)), "cell", "exec")]
         while tables:
             table = tables.pop()
             tables += table.get_children()

@@ -36,7 +36,8 @@ def test_peak_memory_is_that_of_the_process_not_of_its_parent():
     ballast = torch.ones(150_000_000)  # 600 MB
     code = "from tokcx_lib.bench import peak_memory; print(peak_memory())"
     child = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    assert 50e6 < child < 600e6 <= ballast.nbytes < bench.peak_memory()
+    # Both have imported the same (with the CUDA build of PyTorch that alone is 700 MB); only this one has the ballast.
+    assert 50e6 < child < bench.peak_memory() - ballast.nbytes / 2
 
 
 def test_a_part_measured_again_replaces_its_rows_only(tmp_path):

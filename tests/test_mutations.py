@@ -161,3 +161,6 @@ def test_names_that_a_cell_needs():
     assert mutations.names("a = b\nc = a + d\nf = lambda e: e + g") == ({"b", "d", "g"}, {"a", "c", "f"})
     needed, bound = mutations.names("import m.n as o\ndef h(p):\n    q = p + r\n    return q\ns = [h(t) for t in u]")
     assert {"r", "u"} <= needed and {"o", "h", "s"} <= bound and not {"p", "q", "t"} & (needed | bound)
+    # A name that a comprehension binds is nobody else's, though another part of the statement needs one of that name.
+    assert mutations.names("s = t + [[t for t in u] for u in v][0]") == ({"t", "v"}, {"s"})
+    assert mutations.names("s = {k: {a + i for i in w} for k, a in z.items()}") == ({"w", "z"}, {"s"})

@@ -76,6 +76,7 @@ def test_a_damaged_record_is_refused_by_name(tmp_path, damage):
         (lambda path: records.save("a", table(0), {}, path), "table"),
         (lambda path: records.save("a", table(), {"x": object()}, path), "meta"),
         (lambda path: records.save("a", table(), {"x": float("nan")}, path), "meta"),
+        (lambda path: records.save("a", table(), {"texts": ["novel"]}, path), "meta: texts"),
         (lambda path: records.load("missing", path), "record"),
     ],
 )

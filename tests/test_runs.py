@@ -1,5 +1,6 @@
 """Runs in units: killed, resumed, extended, shared out and verified, the table is that of one uninterrupted run."""
 
+import errno
 import fcntl
 import json
 import os
@@ -202,6 +203,44 @@ def test_a_lock_whose_file_was_taken_away_meanwhile_is_taken_anew(tmp_path, monk
         assert len(calls) == 2 and (tmp_path / ".lock").exists()
         with pytest.raises(ValueError, match="in use"), records.locked(tmp_path):
             pass
+
+
+def test_where_the_file_system_knows_no_locks_a_run_goes_on(tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert len(pd.read_csv(runs.run("small", SMALL, "quick", path=tmp_path))) == 3 * 4
+
+
+KILLS = """
+import os, signal, sys, time; sys.path[:0] = [{root!r}, {tests!r}]
+import test_runs
+from tokcx_lib import runs
+experiment = test_runs.SMALL._replace(full={{**test_runs.SMALL.full, "pause": 0.02}})
+for delay in {delays}:
+    pid = os.fork()
+    if pid == 0:
+        runs.run("small", experiment, resume=True, path={path!r})
+        os._exit(0)
+    time.sleep(delay)
+    os.kill(pid, signal.SIGKILL)
+    print(os.waitpid(pid, 0)[1], end=" ")
+"""
+
+
+def test_killed_at_any_moment_and_resumed_the_record_is_the_same(tmp_path):
+    """Kills from before the folder is there until after the record is written; none of them needs a hand."""
+    delays = np.random.default_rng(8).uniform(0, 0.5, 16).tolist()
+    code = KILLS.format(root=str(ROOT), tests=str(ROOT / "tests"), delays=delays, path=str(tmp_path / "killed"))
+    environment = {**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    fates = done.stdout.split()
+    assert not done.stderr and len(fates) == 16 and fates.count(str(int(signal.SIGKILL))) >= 10, done.stdout + done.stderr
+    slow = SMALL._replace(full={**SMALL.full, "pause": 0.02})
+    resumed, whole = (runs.run("small", slow, resume=True, path=tmp_path / name) for name in ("killed", "whole"))
+    assert table_of(resumed) == table_of(whole) and runs.verify("small", slow, path=tmp_path / "killed").difference < 1e-5
+    assert not list((tmp_path / "killed").rglob("*.tmp"))
 
 
 @pytest.mark.slow

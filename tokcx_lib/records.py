@@ -7,14 +7,17 @@ edited by hand is refused. They live in ``book/records`` of the project, or in t
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import json
 import os
 import platform
 import re
+import reprlib
 import subprocess
 import textwrap
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -35,7 +38,42 @@ except ImportError:  # Windows: nothing keeps two runs apart there
 
 MOST_BYTES = 1_500_000  # larger tables are compressed
 FORMAT = 1
+NAME = r"[A-Za-z0-9_-]{1,200}"
 REQUIRED = ("format", "name", "columns", "rows", "sha256", "created", "versions", "commit", "device")
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_time(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e15
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str)
+
+
+def _is_texts(value) -> bool:
+    return isinstance(value, dict) and all(map(_is_text, value.values()))
+
+
+# What the values of a JSON file have to be, where it has the key: in words, and as a check. A record may say more.
+SCHEMA = {
+    "columns": ("a list of names", lambda value: isinstance(value, list) and all(map(_is_text, value))),
+    "rows": ("a count", _is_count),
+    "sha256": ("64 hexadecimal digits", lambda value: _is_text(value) and re.fullmatch("[0-9a-f]{64}", value)),
+    "created": ("a text", _is_text),
+    "versions": ("a mapping of texts", _is_texts),
+    "commit": ("a text", _is_text),
+    "device": ("a text", _is_text),
+    "config": ("a mapping", lambda value: isinstance(value, dict)),
+    "texts": ("a mapping of texts", _is_texts),
+    "replicates": ("a count or a text", lambda value: _is_count(value) or _is_text(value)),
+    "units": ("a count", _is_count),
+    "unit_seconds": ("a number of seconds", _is_time),
+    "wall_seconds": ("a number of seconds", _is_time),
+}
 
 
 class Record(NamedTuple):
@@ -112,15 +150,15 @@ def save(name: str, table: pandas.DataFrame, meta: dict, path=None) -> Path:
     ValueError
         If the name, the table or the meta data cannot be stored.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise ValueError(f"name: expected letters, digits, - and _, got {name!r}")
+    if not re.fullmatch(NAME, name):
+        raise ValueError(f"name: expected letters, digits, - and _, at most 200, got {name!r}")
     if len(table) == 0 or not table.columns.is_unique:
         raise ValueError(f"table: expected rows and unique columns, got {len(table)} rows, {list(table.columns)}")
     content = table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
     suffix = ".csv"
     if len(content) > MOST_BYTES:
         content, suffix = gzip.compress(content, mtime=0), ".csv.gz"
-    meta = {
+    described = {
         **provenance(),
         **meta,
         "format": FORMAT,
@@ -129,13 +167,14 @@ def save(name: str, table: pandas.DataFrame, meta: dict, path=None) -> Path:
         "rows": len(table),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
+    require("meta", described, REQUIRED, SCHEMA)
     try:
-        described = json.dumps(meta, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        text = json.dumps(described, indent=2, sort_keys=True, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise ValueError(f"meta: expected values that JSON can hold, got {error}") from error
     target = folder(path)
     target.mkdir(parents=True, exist_ok=True)
-    write_whole(target / (name + suffix), content, target / (name + ".json"), described.encode())
+    write_whole(target / (name + suffix), content, target / (name + ".json"), text.encode())
     for other in {".csv", ".csv.gz"} - {suffix}:
         (target / (name + other)).unlink(missing_ok=True)
     return target / (name + suffix)
@@ -172,7 +211,8 @@ def locked(folder: Path) -> Iterator[None]:
     """Keep a folder, made if need be, to one process: what writes into it over some time holds this meanwhile.
 
     The lock is the system's (flock), on a file ``.lock`` in the folder. It goes with the process, however that ends:
-    a file that a killed one left behind locks nothing. Under ``torchrun`` one rank takes it for all.
+    a file that a killed one left behind locks nothing. Under ``torchrun`` one rank takes it for all. On a file system
+    without such locks nothing is kept.
 
     Raises
     ------
@@ -187,6 +227,10 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.close()
             raise ValueError(f"out: {folder} is in use by another process; wait for it, or choose another folder") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                file.close()
+                raise
         if _is_at(file.fileno(), folder / ".lock"):
             break
         file.close()  # its last holder took the file away just after we opened it
@@ -232,18 +276,12 @@ def verify(name: str, path=None) -> dict:
 def _verified(name: str, path) -> tuple[bytes, dict]:
     target = folder(path)
     described = target / f"{name}.json"
-    if not described.is_file():
+    if not re.fullmatch(NAME, name) or not described.is_file():
         there = sorted(p.stem for p in target.glob("*.json")) or ["none"]
         raise ValueError(f"record: expected one of {', '.join(there)} in {target}, got {name!r}")
-    try:
-        meta = json.loads(described.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"record {name!r}: its JSON cannot be read ({error})") from error
-    missing = [key for key in REQUIRED if key not in meta] if isinstance(meta, dict) else list(REQUIRED)
-    if missing:
-        raise ValueError(f"record {name!r}: its JSON lacks {', '.join(missing)}")
+    meta = read_json(f"record {name!r}: its JSON", described, REQUIRED, SCHEMA)
     if meta["format"] != FORMAT or meta["name"] != name:
-        raise ValueError(f"record {name!r}: its JSON is of format {meta['format']} and named {meta['name']!r}")
+        raise ValueError(f"record {name!r}: its JSON is of format {meta['format']!r} and named {meta['name']!r}")
     tables = [p for suffix in (".csv", ".csv.gz") if (p := target / (name + suffix)).is_file()]
     if len(tables) != 1:
         raise ValueError(f"record {name!r}: expected one table, {name}.csv or {name}.csv.gz, found {len(tables)}")
@@ -251,8 +289,42 @@ def _verified(name: str, path) -> tuple[bytes, dict]:
     found = hashlib.sha256(stored).hexdigest()
     if found != meta["sha256"]:
         raise ValueError(f"record {name!r}: {tables[0].name} has sha256 {found}, its JSON says {meta['sha256']}")
-    content = gzip.decompress(stored) if tables[0].suffix == ".gz" else stored
-    table = pandas.read_csv(BytesIO(content))
+    try:
+        content = gzip.decompress(stored) if tables[0].suffix == ".gz" else stored
+        table = pandas.read_csv(BytesIO(content))
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"record {name!r}: expected a table in {tables[0].name}, got what cannot be read ({error})") from error
     if list(table.columns) != meta["columns"] or len(table) != meta["rows"]:
         raise ValueError(f"record {name!r}: expected {meta['rows']} rows of {meta['columns']}, got {table.shape}")
     return content, meta
+
+
+def read_json(what: str, path: Path, required: tuple[str, ...], schema: dict) -> dict:
+    """Read a JSON file that must hold a mapping with the `required` keys, its values as the `schema` says.
+
+    Raises
+    ------
+    ValueError
+        Which begins with `what`, and names the key that is missing or wrong.
+    """
+
+    def refuse(constant: str):
+        raise ValueError(f"{constant} is no JSON")
+
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} cannot be read ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{what}: expected a mapping, got {reprlib.repr(found)}")
+    require(what, found, required, schema)
+    return found
+
+
+def require(what: str, found: dict, required: tuple[str, ...], schema: dict) -> None:
+    """Raise ValueError unless a mapping has the `required` keys, and values as the `schema` says; it names the key."""
+    if missing := [key for key in required if key not in found]:
+        raise ValueError(f"{what} lacks {', '.join(missing)}")
+    for key, (expected, fits) in schema.items():
+        if key in found and not fits(found[key]):
+            raise ValueError(f"{what}: {key}: expected {expected}, got {reprlib.repr(found[key])}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import reprlib
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -30,6 +31,18 @@ from tokcx_lib.validation import as_count
 
 BUDGET = 60.0  # seconds that `verify` spends on units, more or less
 MOST_UNITS = 5  # units that `verify` runs again at most
+
+# What run.json beside the checkpoints has to say, in the manner of `records.SCHEMA`.
+SESSION = {"commit": str, "device": str, "versions": dict, "ranks": int}
+STATE = {
+    "config": records.SCHEMA["config"],
+    "sessions": ("a list of what ran", lambda value: isinstance(value, list) and value and all(map(_is_session, value))),
+    "finished": ("true or false", lambda value: isinstance(value, bool)),
+}
+
+
+def _is_session(value) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in SESSION.items())
 
 
 class Part(NamedTuple):
@@ -152,7 +165,7 @@ def _open(name: str, folder: Path, config: dict, made: dict, resume: bool) -> No
     """Make the folder of checkpoints, or check that the one there belongs to this run."""
     state = folder / "run.json"
     if state.is_file():
-        there = json.loads(state.read_text(encoding="utf-8"))
+        there = _read_state(state)
         if not resume and not there["finished"]:
             done = len(list(folder.glob("*.csv")))
             raise ValueError(f"run: {folder} has {done} units of an unfinished run; resume it (--resume), or delete it")
@@ -179,6 +192,10 @@ def _same_code(one: dict, other: dict) -> bool:
 def _write_state(state: Path, config: dict, sessions: list[dict], finished: bool) -> None:
     described = {"config": config, "sessions": sessions, "finished": finished}
     records.write_whole(state, (json.dumps(described, indent=2, allow_nan=False) + "\n").encode())
+
+
+def _read_state(state: Path) -> dict:
+    return records.read_json(f"run: {state} was damaged; delete its folder to start anew. It", state, tuple(STATE), STATE)
 
 
 def _file(folder: Path, unit: tuple[int, ...]) -> Path:
@@ -226,7 +243,7 @@ def _assemble(name: str, folder: Path, plan: Plan, config: dict, path) -> Path:
     arrays = [part.arrays for part in parts]
     table = table if plan.finish is None else plan.finish(table, arrays)
     summary = {} if plan.summary is None else plan.summary(arrays)
-    sessions = json.loads((folder / "run.json").read_text(encoding="utf-8"))["sessions"]
+    sessions = _read_state(folder / "run.json")["sessions"]
     meta = {
         **sessions[0],
         **plan.meta,
@@ -274,8 +291,7 @@ def verify(name: str, experiment: Experiment | None, device=None, path=None, bud
     table, meta = records.load(name, path)
     if experiment is None:
         return Verified(meta, [], 0.0)
-    config = {**experiment.full, **meta.get("config", {})}
-    plan = experiment.plan(config, runtime.device(device))
+    plan = experiment.plan(_config_of(name, experiment, table, meta), runtime.device(device))
     _require_texts(name, meta.get("texts", {}), plan.meta.get("texts", {}))
     afford = min(MOST_UNITS, int(budget // max(meta.get("unit_seconds", budget), 1e-3)))
     chosen = sorted(set(np.linspace(0, len(plan.units) - 1, max(afford, 1) + 2)[1:-1].round().astype(int)))
@@ -297,6 +313,23 @@ def verify(name: str, experiment: Experiment | None, device=None, path=None, bud
     return Verified(meta, units, worst)
 
 
+def _config_of(name: str, experiment: Experiment, table: pd.DataFrame, meta: dict) -> dict:
+    """The configuration of a record; ValueError unless it is one of the experiment's, and the table has its columns."""
+    profiles = [experiment.config(profile) for profile in runtime.PROFILES]
+    config = {**experiment.full, **meta.get("config", {})}
+    for key, value in config.items():
+        if key == "replicates" and key in experiment.full:  # may be any number; each has a row or more
+            fits, expected = isinstance(value, int) and 1 <= value <= len(table), f"a count up to its {len(table)} rows"
+        else:
+            accepted = [profile[key] for profile in profiles if key in profile]
+            fits, expected = value in accepted, " or ".join(dict.fromkeys(map(reprlib.repr, accepted))) or "no such setting"
+        if not fits:
+            raise ValueError(f"record {name!r}: config: {key}: expected {expected}, got {reprlib.repr(value)}")
+    if missing := [key for key in experiment.keys if key not in table]:
+        raise ValueError(f"record {name!r}: its table lacks {', '.join(missing)}, which name the units of this experiment")
+    return config
+
+
 def _require_texts(name: str, made_on: dict[str, str], here: dict[str, str]) -> None:
     """Raise ValueError unless the texts of a record, name -> sha256, are those that its units would read now."""
     for text in sorted(made_on.keys() | here.keys()):
@@ -311,6 +344,8 @@ def _difference(name: str, unit, column: str, stored: pd.Series, found: pd.Serie
         if list(stored) != list(found):
             raise ValueError(f"record {name!r}: unit {unit}, {column}: expected {list(found)}, got {list(stored)}")
         return 0.0
+    if not pd.api.types.is_numeric_dtype(stored):
+        raise ValueError(f"record {name!r}: unit {unit}, {column}: expected numbers, got {list(stored)[:3]} …")
     a, b = stored.to_numpy(float), found.to_numpy(float)
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     gap = np.where(same, 0.0, np.abs(a - b))

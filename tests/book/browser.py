@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import tempfile
 import time
@@ -13,8 +12,6 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
 FLAGS = [
     "--headless",
     # The only host that can be reached is this machine.
@@ -69,17 +66,17 @@ class Browser:
 
 
 @contextmanager
-def browser() -> Iterator[Browser]:
-    """A new browser with a profile of its own; both are gone afterwards."""
+def browser(chromium: str, chromedriver: str) -> Iterator[Browser]:
+    """A new browser with a profile of its own, from the paths of two programs; all is gone afterwards."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         flags = FLAGS + [f"--user-data-dir={profile}"]
         if os.geteuid() == 0:
             flags.append("--no-sandbox")  # Chromium refuses to sandbox for root
         options = {
-            "goog:chromeOptions": {"binary": CHROMIUM, "args": flags},
+            "goog:chromeOptions": {"binary": chromium, "args": flags},
             "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
         }
-        with subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as driver:
+        with subprocess.Popen([chromedriver, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as driver:
             try:
                 # "ChromeDriver was started successfully on port 12345."
                 started = next(line for line in driver.stdout if "started successfully on port" in line)

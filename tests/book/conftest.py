@@ -1,6 +1,7 @@
-"""The book, built once for the tests of this folder."""
+"""The book, built once for the tests of this folder, and a browser to look at it, where the machine has one."""
 
 import functools
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,30 @@ from pathlib import Path
 
 import pytest
 
+import browser as driven
 from tools.notebooks import ROOT
+
+
+NAMES = ("chromium", "chromium-browser", "google-chrome"), ("chromedriver",)
+MISSING = "a browser test needs Chromium and its driver, which pip does not bring: apt install chromium chromium-driver"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """What opens a browser. Without one on this machine the test is skipped; under CI, where nobody would see, it fails.
+
+    To be asked for before `html`, so that a test that is skipped does not build the book.
+    """
+    programs = [next(filter(None, map(shutil.which, names)), None) for names in NAMES]
+    if None in programs:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(MISSING)
+    return functools.partial(driven.browser, *programs)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from browser import CHROMIUM, DRIVER, browser, network, typeset
+from browser import network, typeset
 
 from tokcx_lib import finite_n, softmax_law
 
@@ -45,9 +45,7 @@ for (const [name, share] of [["horizon", arguments[0]], ["tokens", arguments[1]]
 
 
 @pytest.fixture(scope="module")
-def session(html, address):
-    if not (CHROMIUM and DRIVER):
-        pytest.skip("needs chromium and chromedriver")
+def session(browser, html, address):
     with browser() as session:
         session.open("about:blank")
         list(session.requests())

@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from browser import CHROMIUM, DRIVER, browser, network, typeset
+from browser import network, typeset
 
 # Attributes by which a page loads something. `href` does so in a <link> only: in an <a> the reader decides.
 LOADS = {"src", "srcset", "data", "poster", "background"}
@@ -137,8 +137,7 @@ return [...document.querySelectorAll("mjx-merror, [data-mjx-error], mjx-containe
 """
 
 
-@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
-def test_in_a_browser_without_network(html, pages, address):
+def test_in_a_browser_without_network(browser, html, pages, address):
     problems = []
     with browser() as session:
         session.open("about:blank")

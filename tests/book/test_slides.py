@@ -4,7 +4,6 @@ import re
 
 import pytest
 
-from browser import CHROMIUM, DRIVER, browser
 from tools import slides
 from tools.notebooks import ROOT
 
@@ -30,7 +29,7 @@ def test_no_slide_asks_another_host(pages):
         assert len(files) >= 5 and all((page.parent / target).is_file() for target in files), files
 
 
-def test_every_slide_fits_and_is_typeset(pages):
+def test_every_slide_fits_and_is_typeset(browser, pages):
     with browser() as session:
         for page in pages:
             session.post("/url", {"url": page.as_uri()})
