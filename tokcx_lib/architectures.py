@@ -6,7 +6,7 @@ scales, frequencies, sliding windows) is read from that model.
 
 The logits of a supported head are a bilinear form of two tokens, up to rotary positions. That leaves out models that
 normalise queries and keys or cap the logits. A sliding window (Mistral, Qwen2) changes which keys a query sees and not
-its logits; it needs no entry here.
+its logits (`windows`).
 """
 
 from __future__ import annotations
@@ -77,9 +77,42 @@ def _refusal(kind: str, config) -> str | None:
         return "its cross-attention reads keys from another sequence"
     if (positions := getattr(config, "position_embedding_type", None) or "absolute") != "absolute":
         return f"its {positions} positions add terms to the logits"
+    if getattr(config, "quantization_config", None) is not None:
+        return "its weights are quantised, and no plain matrices"
+    if getattr(config, "transformers_weights", None) is not None:
+        return "its configuration names other weights, as transformers_weights"
     if kind in ARCHITECTURES and ARCHITECTURES[kind].causal and not getattr(config, "is_causal", True):
         return "with attention that is not causal"
     return None
+
+
+# Sizes in a configuration, and the most of each that a model may have: no model in use comes near, and building one of
+# more would take all memory before its weights are found not to fit.
+SIZES = {
+    "num_hidden_layers": 1000,
+    **dict.fromkeys(("vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings"), 2**24),
+}
+OPTIONAL_SIZES = ("intermediate_size", "num_key_value_heads", "head_dim", "sliding_window")
+
+
+def require_sizes(config) -> None:
+    """Refuse a configuration whose sizes are no counts, or whose heads do not divide what they share.
+
+    Raises
+    ------
+    ValueError
+        It names the size.
+    """
+    optional = {name: 2**24 for name in OPTIONAL_SIZES if getattr(config, name, None) is not None}
+    for name, most in (SIZES | optional).items():
+        size = getattr(config, name, None)
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= most:
+            raise ValueError(f"model: expected {name} from 1 to {most}, got {size!r}")
+    name, whole = "num_attention_heads", config.hidden_size
+    if "num_key_value_heads" in optional:  # whose heads have a width of their own
+        name, whole = "num_key_value_heads", config.num_attention_heads
+    if whole % getattr(config, name):
+        raise ValueError(f"model: expected {name} to divide {whole}, got {getattr(config, name)}")
 
 
 def base_model(model) -> nn.Module:
@@ -116,17 +149,50 @@ def is_causal(config) -> bool:
     return architecture(config).causal or bool(getattr(config, "is_decoder", False))
 
 
+def windows(config) -> list[int | None]:
+    """How many keys a query of each layer sees at most, its own included; None where it sees all before it.
+
+    Mistral has one window for all layers or none, Qwen2 one for those of its layers that slide.
+    """
+    count, kind = config.num_hidden_layers, config.model_type
+    window = config.sliding_window if kind in ("mistral", "qwen2") else None
+    sliding = [layer == "sliding_attention" for layer in config.layer_types] if kind == "qwen2" else [True] * count
+    return [window if slides else None for slides in sliding]
+
+
+def scale(module) -> float:
+    """What an attention module multiplies its logits by.
+
+    Raises
+    ------
+    ValueError
+        If the module does not say, as GPT-2's in versions of transformers that are too old.
+    """
+    if not hasattr(module, "scaling"):
+        kind = type(module).__name__
+        raise ValueError(f"model: expected attention with an attribute `scaling`, got {kind} (transformers is too old)")
+    return module.scaling
+
+
 def rotary(model) -> tuple[Tensor | None, float]:
     """Angles per position (d_k / 2,) of a base model's rotary positions, and the factor that they put on every logit.
 
     None and 1 for absolute positions. Some ways of stretching rotary positions also scale queries and keys alike: the
     logits carry the square of that. Others change the angles with the length of the context: these are the angles of
     contexts within `most_positions`.
+
+    Raises
+    ------
+    ValueError
+        If an angle is not finite: attention kernels turn such positions into numbers all the same.
     """
     if not architecture(model.config).rotary:
         return None, 1.0
     embedding = model.rotary_emb
-    return embedding.original_inv_freq.detach(), float(embedding.attention_scaling) ** 2
+    angles = embedding.original_inv_freq.detach()
+    if not angles.isfinite().all():
+        raise ValueError(f"model: expected rope_parameters with finite angles, got {angles.tolist()}")
+    return angles, float(embedding.attention_scaling) ** 2
 
 
 def most_positions(config) -> int:
@@ -145,8 +211,16 @@ def special_tokens(config, tokenizer) -> tuple[list[int], list[int]]:
 
     A window of a BERT-like model is [CLS] text [SEP]. One of a decoder starts with the token of the beginning where
     its tokenizer puts that in front of a text (Llama, Mistral), and has no special token elsewhere (GPT-2, Qwen2).
+
+    Raises
+    ------
+    ValueError
+        If the tokenizer of a BERT-like model does not have them.
     """
     if not architecture(config).causal:
-        return [tokenizer.cls_token_id], [tokenizer.sep_token_id]
+        first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
+        if first is None or last is None:
+            raise ValueError(f"model: expected a tokenizer with special tokens [CLS] and [SEP], got ids {first} and {last}")
+        return [first], [last]
     begins = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     return [tokenizer.bos_token_id] if begins else [], []

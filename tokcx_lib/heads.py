@@ -16,7 +16,6 @@ only, never with remote code.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
@@ -27,22 +26,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokcx_lib import architectures, runtime
+from tokcx_lib import architectures, loading, runtime
 from tokcx_lib.architectures import SUPPORTED
-from tokcx_lib.validation import as_count
+from tokcx_lib.validation import as_count, require_finite
 
 EMBEDDED = "minilm"  # the packaged model: all-MiniLM-L6-v2, a BERT of 6 layers x 12 heads
 EMBEDDED_SHA256 = {
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
 }
+NAMES = f"{EMBEDDED!r}, a folder or a name on the Hugging Face hub"
+MOST_UNKNOWN = 0.1  # of a text's tokens: beyond it the numbers describe the one token that stands for all the rest
 
 
 @dataclass(frozen=True)
 class TextModel:
     """A model with its tokenizer: what `load_model` returns.
 
-    `sha256` is the checksum of the weights file where it was loaded from a folder, else None.
+    `sha256` is the checksum of the weights, one shard after the other, where they are those of a folder, else None.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Head:
     Where heads share keys and values, each holds those of its group. `causal` heads see a query's own token and
     earlier ones. `b_K` (d_k,) or None matters with rotary positions alone. `rotary`: the angles (d_k / 2,), in radians
     a position, by which positions turn queries and keys; None for absolute positions, which are part of the tokens.
+    `window`: how many keys a query sees at most, its own token and those just before it; None for all of them.
 
     A, shift and `project` of a rotary head are those at distance 0; see `at`.
     """
@@ -72,6 +74,7 @@ class Head:
     causal: bool = False
     b_K: Tensor | None = None
     rotary: Tensor | None = None
+    window: int | None = None
 
     @property
     def A(self) -> Tensor:
@@ -149,41 +152,48 @@ def load_model(name_or_path: str = EMBEDDED, device=None) -> TextModel:
     Raises
     ------
     ValueError
-        If there is no such model, it has no safetensors weights, a checksum does not match, or it is of an
-        architecture that is not supported.
+        If there is no such model, its files are broken or incomplete (`loading`), it has no safetensors weights or no
+        tokenizer, a checksum does not match, or it is of an architecture that is not supported.
     """
-    with warnings.catch_warnings():
-        # In a notebook the progress bars of these libraries ask for widgets, which a book does without.
-        warnings.filterwarnings("ignore", message="IProgress not found")
-        from transformers import AutoConfig, AutoModel, AutoTokenizer
-        from transformers.utils import logging
-
     target = runtime.device(device)
-    path = _embedded_folder() if name_or_path == EMBEDDED else Path(name_or_path)
-    local = path.is_dir()
-    source = str(path) if local else str(name_or_path)
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        architectures.architecture(_configuration(AutoConfig, source))
-        model = AutoModel.from_pretrained(source, use_safetensors=True, trust_remote_code=False, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, use_fast=True)
-    except OSError as error:
-        raise ValueError(
-            f"model: expected {EMBEDDED!r}, a folder or a name on the Hugging Face hub, with safetensors weights, "
-            f"got {name_or_path!r} ({str(error).splitlines()[0]})"
-        ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-    # A tokenizer file may carry limits of its own (128 tokens in the embedded one); contexts are cut here instead.
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    weights = path / "model.safetensors"
-    sha256 = _sha256(weights) if local and weights.is_file() else None
-    return TextModel(str(name_or_path), model.eval().to(target), tokenizer, sha256)
+    folder = _folder(name_or_path)
+    files = None if folder is None else loading.weight_files(folder)
+    source = str(folder or name_or_path)
+    options = {"trust_remote_code": False, "local_files_only": folder is not None or not runtime.hub_answers()}
+    with loading.reading(f"one of {', '.join(SUPPORTED)} in a readable config.json" if folder else NAMES, source):
+        from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+        config = AutoConfig.from_pretrained(source, **options)
+    kind = architectures.architecture(config)
+    architectures.require_sizes(config)
+    with loading.reading("safetensors weights that fit config.json", source):
+        # Weights that are missing or of other shapes are let pass, to be named below.
+        told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = AutoModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32, **told, **options)
+    loading.require_weights(model, kind, info, files, source)
+    with loading.reading("a tokenizer.json that tokenizers can read", source):
+        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, **options)
+        # A tokenizer file may carry limits of its own (128 tokens in the embedded one); contexts are cut here instead.
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer("A text of words and \u4e00.")
+    before, after = architectures.special_tokens(config, tokenizer)
+    loading.require_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings, before + after, source)
+    loaded = TextModel(str(name_or_path), model.eval(), tokenizer, loading.checksum(files) if files else None)
+    with loading.reading("a model that runs", source), torch.inference_mode():
+        model.to(target)
+        heads(model)
+        states = model(torch.tensor([[*before, 0, *after]], device=target)).last_hidden_state
+        require_finite("output", states)
+    return loaded
+
+
+def _folder(name_or_path) -> Path | None:
+    """The folder that a name stands for; None if it can only be one on the hub."""
+    if name_or_path == EMBEDDED:
+        return _embedded_folder()
+    with loading.reading(NAMES, name_or_path):
+        return path if (path := Path(name_or_path)).is_dir() else None
 
 
 def _embedded_folder() -> Path:
@@ -195,23 +205,9 @@ def _embedded_folder() -> Path:
         )
     path = Path(spec.origin).parent / "model"
     for file, expected in EMBEDDED_SHA256.items():
-        if (found := _sha256(path / file)) != expected:
+        if (found := loading.checksum([path / file])) != expected:
             raise ValueError(f"model: {file} of {EMBEDDED!r} has sha256 {found}, expected {expected}")
     return path
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _configuration(AutoConfig, source: str):
-    """The configuration of a model; one of a kind that transformers cannot build is named like any unsupported one."""
-    try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except ValueError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"model: expected one of {', '.join(SUPPORTED)}, got {source!r} ({reason})") from error
 
 
 def heads(model) -> list[Head]:
@@ -230,17 +226,19 @@ def heads(model) -> list[Head]:
     modules = architectures.attention_modules(model)
     kind, causal = architectures.architecture(model.config), architectures.is_causal(model.config)
     angles, factor = architectures.rotary(model)
+    windows = architectures.windows(model.config)
     count = model.config.num_attention_heads
     found = []
     for layer, module in enumerate(modules):
         maps = architectures.projections(kind, module)
-        size = len(maps[0][0]) // count
+        size, scale = len(maps[0][0]) // count, architectures.scale(module)
         (W_Q, b_Q), (W_K, b_K), (W_V, _) = [_split(weight, bias, size) for weight, bias in maps]
         shared = count // len(W_K)  # query heads to one head of keys and values
         for h in range(count):
             group = h // shared
-            own = W_Q[h], W_K[group], W_V[group], b_Q[h], module.scaling * factor
-            found.append(Head(layer, h, *own, causal=causal, b_K=b_K[group], rotary=angles))
+            own = W_Q[h], W_K[group], W_V[group], b_Q[h], scale * factor
+            positions = {"causal": causal, "rotary": angles, "window": windows[layer]}
+            found.append(Head(layer, h, *own, b_K=b_K[group], **positions))
     return found
 
 
@@ -271,6 +269,21 @@ def tokenize(model: TextModel, text: str) -> np.ndarray:
     return np.fromiter((i for line in encoded for i in line.ids), dtype=np.int64)
 
 
+def require_known(model: TextModel, ids: np.ndarray) -> None:
+    """Refuse a text of which the model knows too little: ids (n,) of all that is used of it.
+
+    Raises
+    ------
+    ValueError
+        If more than MOST_UNKNOWN of the tokens are the tokenizer's token for what it does not know.
+    """
+    unknown = model.tokenizer.unk_token_id
+    found = 0 if unknown is None else np.count_nonzero(np.asarray(ids) == unknown)
+    if found > MOST_UNKNOWN * len(ids):
+        most, share = f"{MOST_UNKNOWN:.0%}", f"{found / len(ids):.1%} of {len(ids)}"
+        raise ValueError(f"text: expected at most {most} of its tokens unknown to {model.name!r}, got {share}")
+
+
 class _Reached(Exception):
     """Raised in the forward pass once the last layer asked for has been read: what follows is not needed."""
 
@@ -295,7 +308,8 @@ def layer_streams(
     Raises
     ------
     ValueError
-        If a layer does not exist, the context exceeds the model's positions, or the text is empty.
+        If a layer does not exist, the context exceeds the model's positions, or the text is empty, has too many unknown
+        tokens (`require_known`) or ids beyond the model's table.
     """
     base = architectures.base_model(model)
     modules = architectures.attention_modules(base)
@@ -306,9 +320,16 @@ def layer_streams(
     least, most = len(ends[0]) + len(ends[1]) + 1, architectures.most_positions(base.config)
     if not least <= as_count("context", context) <= most:
         raise ValueError(f"context: expected {least} to {most} tokens, got {context}")
-    ids = torch.as_tensor(np.asarray(tokenize(model, text) if isinstance(text, str) else text).astype(np.int64))
+    ids = np.asarray(tokenize(model, text) if isinstance(text, str) else text)
     if ids.ndim != 1 or len(ids) == 0:
-        raise ValueError(f"text: expected at least one token, got shape {tuple(ids.shape)}")
+        raise ValueError(f"text: expected at least one token, got shape {ids.shape}")
+    if isinstance(text, str):
+        require_known(model, ids)
+    words = base.get_input_embeddings().num_embeddings
+    if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= words:
+        found = f"{ids.dtype} from {ids.min()} to {ids.max()}"
+        raise ValueError(f"text: expected token ids from 0 to {words - 1}, got {found}")
+    ids = torch.as_tensor(ids.astype(np.int64))
     return _run_layers(base, modules, _windows(ids, context - least + 1, batch), list(layers), ends, special)
 
 

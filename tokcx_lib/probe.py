@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import tokcx_lib
 from tokcx_lib import architectures, finite_n, geometry, rates, records, runtime
-from tokcx_lib.heads import Head, TextModel, heads, layer_streams, tokenize
+from tokcx_lib.heads import Head, TextModel, heads, layer_streams, require_known, tokenize
 from tokcx_lib.streaming import partial_attention
 from tokcx_lib.validation import as_count
 
@@ -72,9 +72,10 @@ def collect_tokens(model: TextModel, text, layers: Sequence[int], tokens: int | 
     Raises
     ------
     ValueError
-        If the text is shorter than the tokens asked for, or a layer does not exist.
+        If the text is shorter than the tokens asked for or mostly unknown, or a layer does not exist.
     """
     ids = first_ids(model, text, tokens) if isinstance(text, str) else text
+    require_known(model, ids)
     _require_tokens(len(ids), tokens or 0)
     parts: list[list[Tensor]] = [[] for _ in layers]
     count = 0
@@ -164,7 +165,7 @@ def phase(load: float, tokens: float) -> str:
 
     Source: chapter 9.
     """
-    reduced = load / math.sqrt(2 * math.log(tokens))
+    reduced = load / math.sqrt(2 * math.log(tokens)) if tokens > 1 else math.inf
     return "averaging" if reduced < 0.5 else "extremal" if reduced < 1 else "frozen"
 
 
@@ -240,14 +241,17 @@ class _LayerState:
         cov = self.moments.cov
         half = geometry.root(cov)  # the heads of a layer share it
         for index, head in enumerate(self.heads):
+            most = min(lengths[-1], head.window or math.inf)
             row = {"layer": head.layer, "head": head.head, "causal": bool(getattr(head, "causal", False))}
+            row["window"] = math.nan if head.window is None else head.window
             row |= head_geometry(head, self.asked, cov, half)
             if getattr(head, "rotary", None) is not None:
                 for distance in DISTANCES:
                     there = head_geometry(head.at(distance), self.asked, cov, half)
                     row |= {f"{name}_{distance}": there[name] for name in ("horizon", "load_median")}
-            row |= predictions(row["coupling"], row["load_median"], lengths[-1])
-            yield row | {f"effective_{n}": found[index].item() for n, found in zip(lengths, self.effective)}
+            row |= predictions(row["coupling"], row["load_median"], most)
+            measured = zip(lengths, self.effective)
+            yield row | {f"effective_{n}": found[index].item() if n <= most else math.nan for n, found in measured}
 
 
 class _Checkpoint:
@@ -332,17 +336,20 @@ def probe(
     Returns
     -------
     DataFrame
-        layer, head, causal; reach, horizon (two-sided), horizon_one_sided, coupling, coupling_one_sided, load_median,
-        load_05 … load_95, value_spread and value_cov (see `head_geometry`); the columns of `predictions` for the
-        coupling and the median load; and effective_N: the median over queries of 1/sum w^2 over N keys, for
+        layer, head, causal, window; reach, horizon (two-sided), horizon_one_sided, coupling, coupling_one_sided,
+        load_median, load_05 … load_95, value_spread and value_cov (see `head_geometry`); the columns of `predictions`
+        for the coupling and the median load; and effective_N: the median over queries of 1/sum w^2 over N keys, for
         N = 1000, 10000, ... and all tokens. Heads with rotary positions are described at distance 0 between query and
         key, and have horizon_D and load_median_D beside that at the distances of DISTANCES. Causal heads are described
-        as if their queries saw all keys: a query at position i has i of them.
+        as if their queries saw all keys: a query at position i has i of them. A head with a sliding window (`window`,
+        NaN for none) never reads more keys than that: its phase is that of so many tokens, its effective_N is NaN for
+        every larger N, and the size of the window is one of the N.
 
     Raises
     ------
     ValueError
-        If the text is shorter than the tokens asked for, a layer does not exist, or a number is out of range.
+        If the text is shorter than the tokens asked for or mostly unknown, a layer does not exist, or a number is out of
+        range.
     """
     tokens, queries = as_count("tokens", tokens, least=2), min(as_count("queries", queries), tokens)
     if as_count("seed", seed, least=0) > MOST_SEED:
@@ -351,9 +358,11 @@ def probe(
     states = _layer_states(model, layers, queries)
     ids = np.asarray(first_ids(model, text, tokens) if isinstance(text, str) else text)[:tokens].astype(np.int64)
     _require_tokens(len(ids), tokens)
+    require_known(model, ids)
     # The ids that fill a window, special tokens apart.
     width = len(next(iter(layer_streams(model, ids[:context], [min(states)], context, 1)))[0])
-    lengths = [n for n in (10**k for k in range(3, 12)) if n < tokens] + [tokens]
+    seen = {head.window for state in states.values() for head in state.heads if head.window is not None}
+    lengths = sorted({n for n in (*seen, *(10**k for k in range(3, 12))) if n < tokens} | {tokens})
 
     asked = torch.randperm(tokens, generator=runtime.generator(seed + 1))[:queries].numpy()
     windows, places = _query_windows(asked, width)

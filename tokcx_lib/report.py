@@ -49,9 +49,9 @@ def write(table: pd.DataFrame, meta: dict, folder: Path) -> list[Path]:
     OSError
         If a file cannot be written; none is then left in half.
     """
-    if len(table) == 0 or _effective(meta) not in table:
+    if len(table) == 0 or (column := f"effective_{meta['tokens']}") not in table:
         shown = f"{len(table)} rows of {list(table)}"
-        raise ValueError(f"table: expected heads with a column {_effective(meta)}, got {shown}")
+        raise ValueError(f"table: expected heads with a column {column}, got {shown}")
     folder.mkdir(parents=True, exist_ok=True)
     files = {
         "heads.csv": table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode(),
@@ -80,8 +80,18 @@ def require_unused(folder: Path, plan: dict) -> None:
             raise ValueError(f"out: {folder} holds {kind} probe of another {', '.join(others)} ({what}); {_ELSEWHERE}")
 
 
-def _effective(meta: dict) -> str:
-    return f"effective_{meta['tokens']}"
+def _keys(head: pd.Series, meta: dict) -> int:
+    """How many keys a query of this head reads: all tokens, or those of the head's window."""
+    return meta["tokens"] if math.isnan(head["window"]) else min(int(head["window"]), meta["tokens"])
+
+
+def _effective(head: pd.Series, meta: dict) -> float:
+    """The effective tokens among those."""
+    return head[f"effective_{_keys(head, meta)}"]
+
+
+def _each(measure: Callable[[pd.Series, dict], float], table: pd.DataFrame, meta: dict) -> pd.Series:
+    return table.apply(measure, axis=1, args=(meta,))
 
 
 # ---- figures ----
@@ -116,20 +126,26 @@ def _load_map(table: pd.DataFrame, meta: dict) -> Figure:
 
 
 def _effective_map(table: pd.DataFrame, meta: dict) -> Figure:
-    return _map(table, _effective(meta), f"effective tokens among {meta['tokens']:,}")
+    found = table.assign(effective=_each(_effective, table, meta))
+    return _map(found, "effective", f"effective tokens among {meta['tokens']:,}{_or_window(table)}")
+
+
+def _or_window(table: pd.DataFrame) -> str:
+    return " or a window" if table["window"].notna().any() else ""
 
 
 def _phases(table: pd.DataFrame, meta: dict) -> Figure:
     figure = Figure(figsize=(8.4, 5.2))
     axes = figure.subplots()
     load, n = table["load_median"].clip(lower=0.01), meta["tokens"]
+    read = _each(_keys, table, meta).astype(float)
     span = (min(0.3, 0.8 * load.min()), max(20.0, 1.25 * load.max()))
-    marks = pd.DataFrame({"load": load, "tokens": float(n)})
-    plots.phase_diagram(axes, span, (10.0, max(1e12, 1e3 * n)), heads=marks)
+    marks = pd.DataFrame({"load": load, "tokens": read})
+    plots.phase_diagram(axes, span, (min(10.0, read.min()), max(1e12, 1e3 * n)), heads=marks)
     for step, (_, head) in enumerate(hardest(table).iterrows()):
         axes.annotate(
             f"{head['layer']}.{head['head']}",
-            (max(head["load_median"], 0.01), n),
+            (max(head["load_median"], 0.01), _keys(head, meta)),
             (0, 9 if step % 2 == 0 else -17),
             textcoords="offset points",
             ha="center",
@@ -173,8 +189,8 @@ def reading(table: pd.DataFrame, meta: dict) -> list[tuple[str, str]]:
     return [
         (
             "Where the heads are",
-            f"By the load of its median query, on {n:,} tokens, the {len(table)} heads are in these phases: "
-            f"{phases}.",
+            f"By the load of its median query, on {n:,} tokens{_or_window(table)}, the {len(table)} heads are in these "
+            f"phases: {phases}.",
         ),
         (
             "The hardest heads",
@@ -209,7 +225,7 @@ def _one_head(head: pd.Series, meta: dict) -> str:
     return (
         f"<li><b>{_name(head)}</b>: load {_number(head['load_median'])} "
         f"(95% of queries below {_number(head['load_95'])}), "
-        f"{_number(head[_effective(meta)])} effective of {meta['tokens']:,} tokens; with Gaussian logits, 10% at "
+        f"{_number(_effective(head, meta))} effective of {_keys(head, meta):,} tokens; with Gaussian logits, 10% at "
         f"{_number(head['tokens_10_percent'])} tokens</li>"
     )
 
@@ -234,6 +250,11 @@ def caveats(table: pd.DataFrame, meta: dict) -> list[str]:
             "number of earlier tokens. Phases and effective tokens are those of a query that sees all of the "
             f"{n:,} pooled tokens."
         )
+    if table["window"].notna().any():
+        found.append(
+            "<b>Some heads read a sliding window.</b> Their queries see no more keys than column window says: phases "
+            "and effective tokens are those of so many, and heads.csv leaves larger numbers of keys empty."
+        )
     if f"horizon_{DISTANCES[0]}" in table:
         distances = " and ".join(f"{distance:,}" for distance in DISTANCES)
         found.append(
@@ -247,7 +268,7 @@ def _measured_share(table: pd.DataFrame, meta: dict) -> str:
     loaded = table[table["load_median"] > 2]
     if loaded.empty:
         return " No median load here is above 2."
-    ratio = loaded[_effective(meta)] / meta["tokens"] * (loaded["load_median"] ** 2).map(_exp)
+    ratio = _each(_effective, loaded, meta) / _each(_keys, loaded, meta) * (loaded["load_median"] ** 2).map(_exp)
     heads = "the one head" if len(loaded) == 1 else f"the {len(loaded)} heads"
     least = "" if len(loaded) == 1 else "at least "
     times = f"{least}{_number(ratio.min())} times <i>e</i><sup>−<i>s</i>²</sup>"
@@ -284,13 +305,15 @@ def _columns(table: pd.DataFrame, meta: dict) -> dict[str, Callable[[pd.Series],
         "horizon": plain("horizon"),
         "median load": plain("load_median"),
         "5–95%": lambda head: f"{_number(head['load_05'])} – {_number(head['load_95'])}",
-        "effective": plain(_effective(meta)),
+        "effective": lambda head: _number(_effective(head, meta)),
         "phase": lambda head: f'<span class="{head["phase"]}">{head["phase"]}</span>',
         "not frozen beyond": plain("tokens_unfrozen"),
         "1/√n beyond": plain("tokens_clt"),
         "10% at": plain("tokens_10_percent"),
         "β": lambda head: f"{head['exponent_sharp']:.3f}",
     }
+    if table["window"].notna().any():
+        found["window"] = lambda head: "" if math.isnan(head["window"]) else f"{head['window']:,.0f}"
     for distance in DISTANCES:
         if f"horizon_{distance}" in table:
             found[f"horizon at {distance:,}"] = plain(f"horizon_{distance}")
@@ -372,8 +395,9 @@ def page(table: pd.DataFrame, meta: dict) -> str:
 </header>
 <main>
 <h2>The heads in the phase diagram</h2>
-{_figure("phases", table, meta, f"Each dot is a head at its median load, on {n:,} tokens. Those named, layer.head, "
-         f"have the largest loads: {named}. Dashed: the token budgets. Lines: relative error of a Gaussian query.")}
+{_figure("phases", table, meta, f"Each dot is a head at its median load, on {n:,} tokens{_or_window(table)}. "
+         f"Those named, layer.head, have the largest loads: {named}. Dashed: the token budgets. "
+         "Lines: relative error of a Gaussian query.")}
 <h2>Reading</h2>
 {said}
 <h2>What the numbers do not say</h2>
@@ -384,8 +408,8 @@ def page(table: pd.DataFrame, meta: dict) -> str:
 {_figure("horizon", table, meta, "Horizon: how far the head's strongest direction tilts the law of the keys. "
          "Where it is large, moments converge slowly.")}
 {_figure("load", table, meta, "Load: standard deviation of the logits of the median query.")}
-{_figure("effective", table, meta, f"Effective tokens 1/Σw²: how many of {n:,} keys share the attention of the "
-         "median query.")}
+{_figure("effective", table, meta, f"Effective tokens 1/Σw²: how many of {n:,} keys{_or_window(table)} share the "
+         "attention of the median query.")}
 <h2>All heads</h2>
 <div class="wide">{_heads_table(table, meta)}</div>
 <p class="faint">Every column of the probe is in heads.csv, beside this page.</p>

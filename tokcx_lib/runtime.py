@@ -85,6 +85,17 @@ def stream(*keys: int) -> torch.Generator:
     return generator(int(state[0]) >> 1)
 
 
+def hub_answers() -> bool:
+    """Whether the Hugging Face hub can be reached: one request, without the retries that a download makes."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # the client raises many kinds, from its own and from the network's libraries
+        return False
+    return True
+
+
 def report() -> str:
     """The line that opens every chapter: ``device: cpu, profile: quick``."""
     chosen = device()
