@@ -73,7 +73,7 @@ def test_bad_input_is_named():
         (lambda: downstream.critical_distances(units(2, 3), units(1, 3)), "index"),
         (lambda: downstream.critical_distances(units(2, 4), units(5, 3)), "embeddings"),
         (lambda: downstream.collect([], list, 1, 4, 1, 1, runtime.stream(1)), "count"),
-        (lambda: corpora.wikipedia_articles(Corpus("x", "no heading", "", "")), "corpus"),
+        (lambda: corpora.wikipedia_articles(Corpus("x", "", lambda: ["no heading"])), "corpus"),
         (lambda: downstream.draw_errors(*[None] * 6, seeds=[1]), "seeds"),
     ):
         with pytest.raises(ValueError, match=f"^{name}: expected"):
@@ -83,7 +83,7 @@ def test_bad_input_is_named():
 # ---------------------------------------------------------------------------------------------------- articles
 
 def test_articles_of_both_texts():
-    found = corpora.wikipedia_articles(Corpus("x", " = One = \n\nA b.\n c \n\n = Two = \n\nD.\n", "", ""))
+    found = corpora.wikipedia_articles(Corpus("x", "", lambda: [" = One = \n\nA b.\n c \n\n = Two = \n\nD.\n"]))
     assert found == [Article("One", ["A b.", "c"]), Article("Two", ["D."])]
     docs = corpora.scipy_articles()
     lines = [line for article in docs for line in article.paragraphs]
@@ -183,7 +183,7 @@ def test_a_unit_can_be_run_alone(name, monkeypatch):
         f" = {a.title} = \n\n" + "\n\n".join(a.paragraphs) + "\n\n" for a in corpora.scipy_articles()
         if sum(len(p.split()) > 25 for p in a.paragraphs) > 3
     )  # fmt: skip
-    monkeypatch.setattr(experiment, "open_corpus", lambda name: Corpus(name, text, "sha", ""))
+    monkeypatch.setattr(experiment, "open_corpus", lambda name: Corpus(name, "", lambda: [text], "sha"))
     run = EXPERIMENTS[name]
     config = {**run.config("quick"), **SMALL}
     plan = run.plan(config, torch.device("cpu"))

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tokcx_lib import cli, corpora, finite_n, heads, probe, rates, records, report, runtime, streaming
+from tokcx_lib import cli, corpora, finite_n, heads, probe, rates, records, report, runtime, streaming, tokenization
 
 TOKENS, QUERIES = 6000, 48
 
@@ -90,9 +90,10 @@ def test_columns_and_predictions(table):
 
 
 def test_no_more_of_a_text_is_tokenised_than_it_takes(minilm, text, ids, monkeypatch):
-    monkeypatch.setattr(probe, "_CHARACTERS", 3000)
+    monkeypatch.setattr(tokenization, "PIECE", 3000)
     read = []
-    monkeypatch.setattr(probe, "tokenize", lambda model, part: read.append(len(part)) or heads.tokenize(model, part))
+    encode = tokenization._encode
+    monkeypatch.setattr(tokenization, "_encode", lambda model, parts: read.append(sum(map(len, parts))) or encode(model, parts))
     assert (probe.first_ids(minilm, text, 5000) == ids[:5000]).all()
     assert len(read) > 3 and sum(read) < len(text) / 2
     with pytest.raises(ValueError, match=f"^text: expected at least {len(ids) + 1} tokens, got {len(ids)}"):

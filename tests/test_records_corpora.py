@@ -126,12 +126,15 @@ def test_texts_from_the_hub_are_the_raw_file(tmp_path, monkeypatch):
     monkeypatch.delenv("TOKCX_DATA", raising=False)
     asked = []
 
-    def download(dataset, file, repo_type):
-        asked.append((dataset, file, repo_type))
+    def download(dataset, file, repo_type, local_files_only):
+        asked.append((dataset, file, repo_type, local_files_only))
         return tmp_path / file
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert corpora.open_corpus("tiny").text == raw and asked == [("org/tiny", "tiny.parquet", "dataset")]
+    for online in (True, False):  # without a network, from what was downloaded before
+        monkeypatch.setattr(corpora.runtime, "hub_answers", lambda: online)
+        assert corpora.open_corpus("tiny").text == raw
+        assert asked.pop() == ("org/tiny", "tiny.parquet", "dataset", not online)
 
     def fail(*arguments, **options):
         raise ConnectionError("no network")

@@ -162,12 +162,12 @@ def _probe_into(options: argparse.Namespace) -> None:
 
     corpus = open_corpus(options.text)
     model = load_model(options.model, options.device)
-    ids = first_ids(model, corpus.text, options.tokens)
+    ids = first_ids(model, corpus.pieces(), options.tokens)
     chosen = {name: getattr(options, name) for name in ("tokens", "queries", "seed", "context")}
     chosen["context"] = default_context(model) if options.context is None else options.context
     settings = plan(model, ids, options.layers, **chosen)
-    meta = {**chosen, "text": corpus.name, "text_sha256": corpus.sha256}
-    del corpus  # a text may be larger than all that the probe keeps
+    # A file may be longer than what is read of it; the checksum of the ids, in the plan, stands for what was.
+    meta = {**chosen, "text": corpus.name, "text_sha256": corpus.known_sha256}
     checkpoint = options.out / ".probe" if options.out else None
     if options.out and not options.force:
         report.require_unused(options.out, settings)

@@ -5,34 +5,63 @@ Face hub. Three texts need neither. ``scipy-docs``, the English of the installed
 that the chapters' live cells run on, the same on every machine. ``python-stdlib``, source code, is that of the running
 Python, and ``book`` is the prose of this book: both change with the version, so a record names the checksum of the text
 it was made on.
+
+A text in a file is a stream: it is unpacked and decoded piece by piece, and no more of it than is asked for.
 """
 
 from __future__ import annotations
 
 import ast
 import bz2
+import codecs
 import gzip
 import hashlib
 import lzma
 import os
 import platform
 import re
+import stat
 import sysconfig
 import warnings
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
+
+from tokcx_lib import runtime
 
 SCIPY_DOCS_SHA256 = {"1.17.1": "ed045194817ca861420f9cd7643f434222d39079cd89d068533d66c821b2ff35"}
 
 
-class Corpus(NamedTuple):
-    """A text: its `name`, the `text` itself, the `sha256` of its UTF-8 bytes, and the `source` it was read from."""
+@dataclass(frozen=True)
+class Corpus:
+    """A text: its `name`, the `source` it is read from, and `pieces`, a function that reads it anew, piece by piece.
+
+    `known_sha256` is the SHA-256 of its UTF-8 bytes where that is known already: the text was verified against it, or
+    was made in memory. A file of one's own has None: to tell, all of it must be read, which `sha256` does.
+    """
 
     name: str
-    text: str
-    sha256: str
     source: str
+    pieces: Callable[[], Iterable[str]]
+    known_sha256: str | None = None
+
+    @cached_property
+    def text(self) -> str:
+        """All of it at once."""
+        return "".join(self.pieces())
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of its UTF-8 bytes, of which one piece at a time is held."""
+        if self.known_sha256:
+            return self.known_sha256
+        digest = hashlib.sha256()
+        for piece in self.pieces():
+            digest.update(piece.encode())
+        return digest.hexdigest()
 
 
 class Article(NamedTuple):
@@ -65,54 +94,97 @@ KNOWN = {
     "wikipedia-de": _Known(
         "wikipedia-de-2m.txt.xz", "ba7f3f95260fbff558f0ba87bff53d1ffed417b2736aca8b174c9680c17b0c8c"
     ),
+    "pubmed-en": _Known(
+        "pubmed-en-4m.txt.xz", "53522eb0bc2b30f11a40309915afc9b3637bfd7ee84df9b7f2e4f12093af0384"
+    ),
 }
 
 
 _OPENERS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
+_BYTES = 2**20  # of a text unpacked at once
 
 
 def open_corpus(name_or_path: str | os.PathLike) -> Corpus:
-    """Read a text by path (plain, .xz, .gz or .bz2, UTF-8) or by name.
+    """A text by path (plain, .xz, .gz or .bz2, UTF-8) or by name.
 
-    Names: ``scipy-docs``, ``wikitext2-test``, ``wikitext2-valid``, ``wikipedia-en``, ``wikipedia-de``, each verified
-    against its published checksum; ``python-stdlib`` and ``book``, which have none (see `python_stdlib`, `book`).
+    Names: ``scipy-docs``, ``wikitext2-test``, ``wikitext2-valid``, ``wikipedia-en``, ``wikipedia-de``, ``pubmed-en``,
+    each verified against its published checksum; ``python-stdlib`` and ``book``, which have none (see `python_stdlib`,
+    `book`).
+
+    A file is read when its text is asked for, and no further: damage behind what is read is not noticed.
 
     Raises
     ------
     ValueError
-        If there is no such path or name, the file is not UTF-8 text, or its checksum is not the expected one.
+        If there is no such path or name, the file is empty, damaged or not UTF-8 text, or its checksum is not the
+        expected one. Reading raises it as well.
     """
-    path = Path(name_or_path)
-    if path.is_file():
-        return _corpus(path.name, _read(path), str(path))
-    name = str(name_or_path)
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise ValueError(f"corpus: expected a name or a path, got {type(name_or_path).__name__}")
+    path, name = Path(name_or_path), str(name_or_path)
+    found = _what_is(path)
+    if found == "a file":
+        return _from_file(path.name, path, str(path))
     if name in MADE_HERE:
         return MADE_HERE[name]()
     if name not in KNOWN:
-        raise ValueError(f"corpus: expected a file or one of {', '.join([*MADE_HERE, *KNOWN])}, got {name!r}")
+        names = ", ".join([*MADE_HERE, *KNOWN])
+        raise ValueError(f"corpus: expected a file or one of {names}, got {name!r}{found and f', {found}'}")
     known = KNOWN[name]
     folder = os.environ.get("TOKCX_DATA")
+    if folder and not Path(folder).is_dir():
+        raise ValueError(f"TOKCX_DATA: expected a folder, got {folder!r}")
     if folder and (path := Path(folder) / known.file).is_file():
-        corpus = _corpus(name, _read(path), known.file)
+        corpus = _from_file(name, path, known.file)
     elif known.hub:
         corpus = _corpus(name, _from_hub(*known.hub), "hub:" + "/".join(known.hub))
     else:
         raise ValueError(f"corpus: {name!r} is the file {known.file}; name its folder in TOKCX_DATA (now {folder!r})")
     if corpus.sha256 != known.sha256:
         raise ValueError(f"corpus: {name!r} from {corpus.source} has sha256 {corpus.sha256}, expected {known.sha256}")
-    return corpus
+    return replace(corpus, known_sha256=known.sha256)
+
+
+def _what_is(path: Path) -> str:
+    """What stands at a path, in words; nothing where there is none. Only a file has an end for sure."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError) as error:
+        return f"which cannot be read ({getattr(error, 'strerror', None) or error})"
+    return "a file" if stat.S_ISREG(mode) else "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
 
 
 def _corpus(name: str, text: str, source: str) -> Corpus:
-    return Corpus(name, text, hashlib.sha256(text.encode()).hexdigest(), source)
+    return Corpus(name, source, lambda: (text,), hashlib.sha256(text.encode()).hexdigest())
 
 
-def _read(path: Path) -> str:
-    opener = _OPENERS.get(path.suffix, open)
+def _from_file(name: str, path: Path, source: str) -> Corpus:
+    corpus = Corpus(name, source, partial(_read, path))
+    if not any(corpus.pieces()):  # reads the first one
+        raise ValueError(f"corpus: expected text in {path}, got an empty file")
+    return corpus
+
+
+def _read(path: Path) -> Iterator[str]:
+    """The text of a file, without the byte-order mark that some editors begin it with."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    count = 0
     try:
-        with opener(path, "rb") as file:
-            return file.read().decode("utf-8")
-    except (UnicodeDecodeError, lzma.LZMAError, EOFError, OSError) as error:
+        with _OPENERS.get(path.suffix.lower(), open)(path, "rb") as file:
+            while block := file.read(_BYTES):
+                # Zero bytes are valid UTF-8, and no text has them.
+                if b"\0" in block or count == 0 and block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    raise ValueError(f"corpus: expected UTF-8 text in {path}, got UTF-16 or no text")
+                piece = decoder.decode(block)
+                count += len(piece)
+                yield piece
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        count += len(error.object[: error.start].decode("utf-8-sig"))
+        raise ValueError(f"corpus: expected UTF-8 text in {path}, got {error.reason} after {count} characters") from error
+    except (lzma.LZMAError, zlib.error, EOFError, OSError) as error:
         raise ValueError(f"corpus: expected UTF-8 text in {path}, got {error}") from error
 
 
@@ -121,12 +193,13 @@ def _from_hub(dataset: str, file: str) -> str:
     import pandas
     from huggingface_hub import hf_hub_download
 
+    online = runtime.hub_answers()
     try:
-        path = hf_hub_download(dataset, file, repo_type="dataset")
+        path = hf_hub_download(dataset, file, repo_type="dataset", local_files_only=not online)
     except Exception as error:  # the client raises many kinds, from its own and from the network's libraries
         raise ValueError(
             f"corpus: expected {file} in the folder TOKCX_DATA or on the Hugging Face hub in {dataset}; "
-            f"neither could be read ({type(error).__name__})"
+            f"neither could be read ({type(error).__name__ if online else 'the hub does not answer'})"
         ) from error
     return "".join(row or " \n" for row in pandas.read_parquet(path)["text"])
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from tokcx_lib import architectures, loading, runtime
 from tokcx_lib.architectures import SUPPORTED
+from tokcx_lib.tokenization import read_ids
 from tokcx_lib.validation import as_count, require_finite
 
 EMBEDDED = "minilm"  # the packaged model: all-MiniLM-L6-v2, a BERT of 6 layers x 12 heads
@@ -259,14 +260,14 @@ def _split(weight: Tensor, bias: Tensor | None, size: int) -> tuple[Tensor, Sequ
 
 
 def tokenize(model: TextModel, text: str) -> np.ndarray:
-    """Token ids (n,) of a text, int64, without special tokens."""
-    if not isinstance(text, str):
-        raise ValueError(f"text: expected a string, got {type(text).__name__}")
-    lines = text.splitlines(keepends=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        encoded = model.tokenizer.backend_tokenizer.encode_batch_fast(lines, add_special_tokens=False)
-    return np.fromiter((i for line in encoded for i in line.ids), dtype=np.int64)
+    """Token ids (n,) of a text, int64, without special tokens, the names of which are tokenised like all text.
+
+    Raises
+    ------
+    ValueError
+        If the text is no string, or one that the tokenizer cannot read (`tokenization.read_ids`).
+    """
+    return np.concatenate([np.empty(0, dtype=np.int64), *read_ids(model.tokenizer, text)])
 
 
 def require_known(model: TextModel, ids: np.ndarray) -> None:

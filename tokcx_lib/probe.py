@@ -17,7 +17,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -29,35 +29,37 @@ from tqdm import tqdm
 
 import tokcx_lib
 from tokcx_lib import architectures, finite_n, geometry, rates, records, runtime
-from tokcx_lib.heads import Head, TextModel, heads, layer_streams, require_known, tokenize
+from tokcx_lib.heads import Head, TextModel, heads, layer_streams, require_known
 from tokcx_lib.streaming import partial_attention
+from tokcx_lib.tokenization import read_ids
 from tokcx_lib.validation import as_count
 
 CONTEXT = 256  # tokens the model sees at once, its special tokens included, if it can see as many
 MOST_SEED = 2**63 - 2  # the next one has a stream of its own
 CHECKPOINT_SECONDS = 20.0  # of work between two checkpoints, or more where writing one takes long
 DISTANCES = (64, 1024)  # between query and key, at which heads with rotary positions are described as well
-_CHARACTERS = 2**20  # of a text tokenised at once
 _CHECKPOINT_FILES = ("plan.json", "state.npz")
 
 
-def first_ids(model: TextModel, text: str, tokens: int | None = None) -> np.ndarray:
-    """Ids (n,) of the first `tokens` tokens of a text, or of all, int64; no more of it is tokenised than that takes.
+def first_ids(model: TextModel, text: str | Iterable[str], tokens: int | None = None) -> np.ndarray:
+    """Ids (n,) of the first `tokens` tokens of a text, or of all, int64; no more of it is read than that takes.
+
+    Parameters
+    ----------
+    model : whose tokenizer is used; text : a string, or an iterable of the pieces of one.
 
     Raises
     ------
     ValueError
-        If the text is shorter than the tokens asked for.
+        If the text is shorter than the tokens asked for, or the tokenizer cannot read it (`tokenization.read_ids`).
     """
-    if tokens is None or not isinstance(text, str):
-        return tokenize(model, text)
-    parts, count, start = [], 0, 0
-    while count < tokens and start < len(text):
-        # A tokenizer reads a text line by line: pieces that end with a line give the ids of the whole.
-        stop = text.find("\n", start + _CHARACTERS) + 1 or len(text)
-        parts.append(tokenize(model, text[start:stop]))
-        count, start = count + len(parts[-1]), stop
-    _require_tokens(count, tokens)
+    parts, count = [np.empty(0, dtype=np.int64)], 0
+    for ids in read_ids(model.tokenizer, text):
+        parts.append(ids)
+        count += len(ids)
+        if tokens is not None and count >= tokens:
+            break
+    _require_tokens(count, tokens or 0)
     return np.concatenate(parts)[:tokens]
 
 
@@ -443,7 +445,7 @@ def plan(
     return {
         "model": model.name,
         "model_sha256": model.sha256,
-        "ids_sha256": hashlib.sha256(np.asarray(ids).astype(np.int64).tobytes()).hexdigest(),
+        "tokens_sha256": hashlib.sha256(np.asarray(ids).astype(np.int64).tobytes()).hexdigest(),
         "tokens": tokens,
         "layers": _existing(layers, heads(model)),
         "queries": min(queries, tokens),
@@ -465,7 +467,7 @@ def differing(there: dict, here: dict) -> list[str]:
     found = ["model"] if there.get(weights) != here[weights] else []
     found += [name for name in ("tokens", "layers", "queries", "seed", "context") if there.get(name) != here[name]]
     # Other models and other numbers of tokens have other ids on the same text.
-    if there.get("ids_sha256") != here["ids_sha256"] and not {"model", "tokens"} & set(found):
+    if there.get("tokens_sha256") != here["tokens_sha256"] and not {"model", "tokens"} & set(found):
         found.append("text")
     return found
 

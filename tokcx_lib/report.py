@@ -38,9 +38,10 @@ def write(table: pd.DataFrame, meta: dict, folder: Path) -> list[Path]:
     Parameters
     ----------
     table : from `probe.probe`.
-    meta : what was probed: model, model_sha256 (or None), text, text_sha256, tokens, queries, seed and context; and the
-        device, versions and created of `records.provenance`. All of it goes into probe.json; where it has the plan
-        (`probe.plan`), `require_unused` knows this probe again.
+    meta : what was probed: model, text, tokens, queries, seed and context; the checksums model_sha256, text_sha256 and
+        tokens_sha256 (of the token ids), each where it is known; and the device, versions and created of
+        `records.provenance`. All of it goes into probe.json; where it has the plan (`probe.plan`), `require_unused`
+        knows this probe again.
 
     Raises
     ------
@@ -347,19 +348,19 @@ def _data(image: bytes) -> str:
 
 
 def _facts(table: pd.DataFrame, meta: dict) -> str:
-    def named(name: str) -> str:
+    def checked(name: str, value) -> str:
         checksum = meta.get(f"{name}_sha256")
         shown = f' <span class="faint">sha256 {checksum[:12]}</span>' if checksum else ""
-        return escape(str(meta[name])) + shown
+        return escape(str(value)) + shown
 
     layers = sorted(table["layer"].unique())
     run = 1 < len(layers) == layers[-1] - layers[0] + 1
     span = f"{layers[0]}–{layers[-1]}" if run else ", ".join(map(str, layers))
     facts = {
-        "model": named("model"),
-        "text": named("text"),
+        "model": checked("model", meta["model"]),
+        "text": checked("text", meta["text"]),
         "heads": f"{len(table)}, in {'layers' if len(layers) > 1 else 'layer'} {span}",
-        "tokens": f"{meta['tokens']:,}, in windows of {meta['context']}",
+        "tokens": checked("tokens", f"{meta['tokens']:,}, in windows of {meta['context']}"),
         "queries": f"{min(meta['queries'], meta['tokens']):,}, drawn with seed {meta['seed']}",
         "device": escape(meta["device"]),
         "made": escape(
