@@ -138,6 +138,12 @@ def _turn(vectors: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
+def require_text_model(model) -> None:
+    """Raise ValueError unless the model comes with its tokenizer."""
+    if not (hasattr(model, "model") and hasattr(model, "tokenizer")):
+        raise ValueError(f"model: expected a TextModel from load_model, got {type(model).__name__}")
+
+
 def load_model(name_or_path: str = EMBEDDED, device=None) -> TextModel:
     """Load a model and its tokenizer: the embedded one, a folder, or a name on the Hugging Face hub.
 
@@ -262,6 +268,7 @@ def _split(weight: Tensor, bias: Tensor | None, size: int) -> tuple[Tensor, Sequ
 
 def tokenize(model: TextModel, text: str) -> np.ndarray:
     """Token ids (n,) of a text, int64, without special tokens."""
+    require_text_model(model)
     if not isinstance(text, str):
         raise ValueError(f"text: expected a string, got {type(text).__name__}")
     lines = text.splitlines(keepends=True)
@@ -297,6 +304,7 @@ def layer_streams(
     ValueError
         If a layer does not exist, the context exceeds the model's positions, or the text is empty.
     """
+    require_text_model(model)
     base = architectures.base_model(model)
     modules = architectures.attention_modules(base)
     for layer in layers:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import tokcx_lib
 from tokcx_lib import finite_n, geometry, rates, records, runtime
-from tokcx_lib.heads import Head, TextModel, heads, layer_streams, tokenize
+from tokcx_lib.heads import Head, TextModel, heads, layer_streams, require_text_model, tokenize
 from tokcx_lib.streaming import partial_attention
 from tokcx_lib.validation import as_count
 
@@ -343,6 +343,7 @@ def probe(
         If the text is shorter than the tokens asked for, or a layer does not exist.
     """
     tokens, queries = as_count("tokens", tokens, least=2), min(as_count("queries", queries), tokens)
+    require_text_model(model)
     states = _layer_states(model, layers, queries)
     ids = np.asarray(first_ids(model, text, tokens) if isinstance(text, str) else text)[:tokens].astype(np.int64)
     _require_tokens(len(ids), tokens)
