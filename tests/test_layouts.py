@@ -38,8 +38,9 @@ def lay_out(value, lay):
         laid = lay(value) if value.ndim and value.dtype != torch.bool else None
         return value if laid is None else laid
     if isinstance(value, tuple) and hasattr(value, "_make"):
-        parts = [torch.as_tensor(lay_out(part, lay)) if isinstance(part, torch.Tensor) else part for part in value]
-        return value._make(parts)
+        # A named tuple is made by the library, of tensors: numpy's layouts are for what a user gives.
+        laid = [lay_out(part, lay) for part in value]
+        return value._make(part if isinstance(new, np.ndarray) else new for part, new in zip(value, laid))
     return [lay_out(part, lay) for part in value] if isinstance(value, list) else value
 
 
@@ -82,8 +83,9 @@ def test_the_answer_does_not_depend_on_the_layout(name):
         usual = answer(name, given)
         for layout, lay in LAYOUTS.items():
             laid = {key: value if key == "self" else lay_out(value, lay) for key, value in given.items()}
-            expected = answer(name, {key: contiguous(value) for key, value in laid.items()}) if "exp" in layout else usual
-            found = answer(name, laid)
+            found, expected = answer(name, laid), usual
+            if "expanded" in layout:  # other numbers
+                expected = answer(name, {key: contiguous(value) for key, value in laid.items()})
             if isinstance(expected, str):
                 assert found == expected, f"{layout} {dtype}"
                 continue
