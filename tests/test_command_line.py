@@ -90,6 +90,7 @@ def predict(*arguments):
         (["verify", "gaussian_horizon", "--seconds", "nan"], "seconds: expected a finite number >= 0, got nan"),
         (["verify", "gaussian_horizon", "--seconds", "-1"], "seconds: expected"),
         (["verify", "gaussian_horizon", "--seconds", "inf"], "seconds: expected"),
+        (["verify", "gaussian_horizon", "--seconds", "1", "--device", "meta"], "device: 'meta' is not available"),
         (["bench", "--only", "rate,nonsense"], "only: expected some of"),
         (["bench", "--only", "rate", "--device", "meta"], "device: 'meta' is not available"),
         (["bench", "--out", "/dev/null"], "out: expected a folder, got /dev/null"),

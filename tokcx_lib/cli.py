@@ -268,6 +268,7 @@ def _verify(options: argparse.Namespace) -> None:
     budget = runs.BUDGET if options.seconds is None else options.seconds
     if not 0 <= budget < math.inf:
         raise ValueError(f"seconds: expected a finite number >= 0, got {budget}")
+    runtime.device(options.device)  # wrong even where no unit runs
     takes = records.verify(options.name, options.out).get("unit_seconds", 0.0)
     # At least one unit is run again, unless that breaks what was asked for.
     affordable = options.seconds is None or takes <= MOST_OVERRUN * budget

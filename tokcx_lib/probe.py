@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import tokcx_lib
 from tokcx_lib import architectures, finite_n, geometry, rates, records, runtime
-from tokcx_lib.heads import Head, TextModel, heads, layer_streams, require_known
+from tokcx_lib.heads import Head, TextModel, heads, layer_streams, require_known, require_text_model
 from tokcx_lib.streaming import partial_attention
 from tokcx_lib.tokenization import read_ids
 from tokcx_lib.validation import as_count
@@ -354,6 +354,7 @@ def probe(
         range.
     """
     tokens, queries = as_count("tokens", tokens, least=2), min(as_count("queries", queries), tokens)
+    require_text_model(model)
     if as_count("seed", seed, least=0) > MOST_SEED:
         raise ValueError(f"seed: expected an integer from 0 to {MOST_SEED}, got {seed}")
     context = default_context(model) if context is None else context
