@@ -427,7 +427,10 @@ SOUND = {
     "a task head": ("bert", with_task_head("bert", "ForMaskedLM")),
     "a tied task head": ("gpt2", with_task_head("gpt2", "LMHeadModel")),
     "a task head of its own": ("llama", with_task_head("llama", "ForCausalLM")),
-    "masks among the weights": ("gpt2", weights(lambda t: t.__setitem__("h.0.attn.bias", torch.ones(1, 1, 9, 9)))),
+    "masks among the weights": (
+        "gpt2",
+        weights(lambda t: t.update({f"h.0.attn.{name}": torch.ones(9, 9) for name in ("bias", "masked_bias")})),
+    ),
     "positions among the weights": (
         "bert",
         weights(lambda t: t.__setitem__("embeddings.position_ids", torch.arange(40)[None])),

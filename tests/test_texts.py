@@ -364,7 +364,7 @@ def test_the_report_tells_the_checksum_of_what_was_read(probed, minilm, tmp_path
     monkeypatch.setattr(report, "write", lambda table, meta, out: told.update(meta) or [])
     assert probed(tmp_path / "a.txt", "--tokens", "400", "--out", str(tmp_path / "out")) == (0, "")
     ids = heads.tokenize(minilm, LINES.decode())[:400]
-    assert told["text_sha256"] is None and told["ids_sha256"] == hashlib.sha256(ids.tobytes()).hexdigest()
+    assert told["text_sha256"] is None and told["tokens_sha256"] == hashlib.sha256(ids.tobytes()).hexdigest()
 
 
 MEASURED = """

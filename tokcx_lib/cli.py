@@ -166,7 +166,7 @@ def _probe_into(options: argparse.Namespace) -> None:
     chosen = {name: getattr(options, name) for name in ("tokens", "queries", "seed", "context")}
     chosen["context"] = default_context(model) if options.context is None else options.context
     settings = plan(model, ids, options.layers, **chosen)
-    # A file may be longer than what is read of it: the plan has the checksum of the ids, which stands for what was.
+    # A file may be longer than what is read of it; the checksum of the ids, in the plan, stands for what was.
     meta = {**chosen, "text": corpus.name, "text_sha256": corpus.known_sha256}
     checkpoint = options.out / ".probe" if options.out else None
     if options.out and not options.force:
@@ -196,13 +196,14 @@ def _shown(table):
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from tokcx_lib.softmax_law import MOST_TOKENS
+    from tokcx_lib.softmax_law import MOST_TILT, MOST_TOKENS
 
     given = {name for name in ("load", "error", "horizon", "tokens") if getattr(options, name) is not None}
     if not given or given not in ({"load"}, {"load", "error"}, {"load", "tokens"}, {"horizon", "tokens"}):
         shown = " ".join(f"--{name}" for name in sorted(given)) or "none"
         raise ValueError(f"predict: expected --load, with --error or --tokens, or --horizon and --tokens, got {shown}")
-    for name, least, most in (("load", TINY, HUGE), ("horizon", TINY, HUGE), ("tokens", 1.0, MOST_TOKENS)):
+    loads = HUGE if given == {"load"} else MOST_TILT  # budgets are closed forms
+    for name, least, most in (("load", TINY, loads), ("horizon", TINY, HUGE), ("tokens", 1.0, MOST_TOKENS)):
         if name in given and not least <= getattr(options, name) <= most:
             raise ValueError(f"{name}: expected a number from {least:g} to {most:g}, got {getattr(options, name)}")
     _predict_horizon(options.horizon, options.tokens) if "horizon" in given else _predict_load(options)
@@ -267,6 +268,7 @@ def _verify(options: argparse.Namespace) -> None:
     budget = runs.BUDGET if options.seconds is None else options.seconds
     if not 0 <= budget < math.inf:
         raise ValueError(f"seconds: expected a finite number >= 0, got {budget}")
+    runtime.device(options.device)  # wrong even where no unit runs
     takes = records.verify(options.name, options.out).get("unit_seconds", 0.0)
     # At least one unit is run again, unless that breaks what was asked for.
     affordable = options.seconds is None or takes <= MOST_OVERRUN * budget

@@ -141,6 +141,12 @@ def _turn(vectors: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
+def require_text_model(model) -> None:
+    """Raise ValueError unless the model comes with its tokenizer."""
+    if not (hasattr(model, "model") and hasattr(model, "tokenizer")):
+        raise ValueError(f"model: expected a TextModel from load_model, got {type(model).__name__}")
+
+
 def load_model(name_or_path: str = EMBEDDED, device=None) -> TextModel:
     """Load a model and its tokenizer: the embedded one, a folder, or a name on the Hugging Face hub.
 
@@ -266,6 +272,7 @@ def tokenize(model: TextModel, text: str) -> np.ndarray:
     ValueError
         If the text is no string, or one that the tokenizer cannot read (`tokenization.read_ids`).
     """
+    require_text_model(model)
     return np.concatenate([np.empty(0, dtype=np.int64), *read_ids(model.tokenizer, text)])
 
 
@@ -311,6 +318,7 @@ def layer_streams(
         If a layer does not exist, the context exceeds the model's positions, or the text is empty, has too many unknown
         tokens (`require_known`) or ids beyond the model's table.
     """
+    require_text_model(model)
     base = architectures.base_model(model)
     modules = architectures.attention_modules(base)
     for layer in layers:

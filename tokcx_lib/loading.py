@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,18 +89,18 @@ def weight_files(folder: Path) -> list[Path]:
     for path in found:
         folder_of_its_own = path.is_dir() and path.suffix not in (".json", ".safetensors")
         if path.exists() and not path.is_file() and not folder_of_its_own:
-            raise refusal("files", folder, f"{path.name} is no regular file")
+            raise refusal("regular files", folder, f"{path.name} is no regular file")
     if not (folder / CONFIG).is_file():
         raise refusal("a folder of a model", folder, f"it has no {CONFIG}")
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
         raise refusal("safetensors weights", folder, f"it has no {WEIGHTS} or {INDEX}")
-    with reading(f"an {INDEX} with a weight_map from weights to files", folder):
+    with reading(f"a {INDEX} with a weight_map from weights to files", folder):
         shards = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()), key=str)
     for shard in shards or [""]:
         if not (isinstance(shard, str) and Path(shard).name == shard and shard.endswith(".safetensors")):
-            raise refusal(f"an {INDEX} that names safetensors files beside it", folder, f"it names {shard!r}")
+            raise refusal(f"a {INDEX} that names safetensors files beside it", folder, f"it names {shard!r}")
         if not (folder / shard).is_file():
             raise refusal("all shards of the weights", folder, f"it has no {shard}")
     return [folder / shard for shard in shards]
@@ -128,8 +129,8 @@ def require_weights(model, kind: Architecture, info: dict, files: list[Path] | N
         shapes = [f"{key} has {tuple(found)} and not {tuple(wanted)}" for key, found, wanted in mismatched]
         raise refusal("weights of the shapes that config.json asks for", name, _listed(shapes))
     prefix = f"{model.base_model_prefix}."
-    left = sorted(key for key in info["unexpected_keys"] if key.removeprefix(prefix).startswith(f"{kind.layers}."))
-    if left:
+    inside = re.compile(rf"({re.escape(prefix)})?{re.escape(kind.layers)}\..*\.(weight|bias)")  # no mask of old versions
+    if left := sorted(filter(inside.fullmatch, info["unexpected_keys"])):
         raise refusal("weights that config.json has a place for", name, f"left over: {_listed(left)}")
     parameters = dict(model.named_parameters())
     for key, dtype in _stored(files or []):

@@ -68,12 +68,10 @@ def second_moment_bias(n: float, B, V=None) -> Tensor:
     beta = singular.numpy()
     if beta[0] < 1e-12:  # a head that looks nowhere averages n tokens evenly
         return finite_answer("V", V @ V.mT) / n
+    if beta[0] > MOST_TILT:
+        raise ValueError(f"B: expected a horizon ||B||_2 up to {MOST_TILT:g}, got {beta[0]:.4g}")
     load, weight, shares = load_law(beta, n)
-    if load[-1] > MOST_TILT:
-        raise ValueError(
-            f"B: expected a horizon at which queries have loads up to {MOST_TILT:g}, got horizon {beta[0]:.4g} and, with "
-            f"{n:g} tokens, load {load[-1]:.4g}"
-        )
+    _require_loads("B, n", load)
     spread = softmax_moments(n, load).participation
     # M_2 - s^2 = E(Gamma_n - s)^2 - 2 s^2 P, since E Gamma_n = s (1 - P): no digits lost.
     along = map_error(n, load) - 2 * load**2 * spread

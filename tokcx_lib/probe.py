@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import tokcx_lib
 from tokcx_lib import architectures, finite_n, geometry, rates, records, runtime
-from tokcx_lib.heads import Head, TextModel, heads, layer_streams, require_known
+from tokcx_lib.heads import Head, TextModel, heads, layer_streams, require_known, require_text_model
 from tokcx_lib.streaming import partial_attention
 from tokcx_lib.tokenization import read_ids
 from tokcx_lib.validation import as_count
@@ -356,6 +356,7 @@ def probe(
         range.
     """
     tokens, queries = as_count("tokens", tokens, least=2), min(as_count("queries", queries), tokens)
+    require_text_model(model)
     if as_count("seed", seed, least=0) > MOST_SEED:
         raise ValueError(f"seed: expected an integer from 0 to {MOST_SEED}, got {seed}")
     context = default_context(model) if context is None else context
@@ -447,7 +448,7 @@ def plan(
     return {
         "model": model.name,
         "model_sha256": model.sha256,
-        "ids_sha256": hashlib.sha256(np.asarray(ids).astype(np.int64).tobytes()).hexdigest(),
+        "tokens_sha256": hashlib.sha256(np.asarray(ids).astype(np.int64).tobytes()).hexdigest(),
         "tokens": tokens,
         "layers": _existing(layers, heads(model)),
         "queries": min(queries, tokens),
@@ -469,7 +470,7 @@ def differing(there: dict, here: dict) -> list[str]:
     found = ["model"] if there.get(weights) != here[weights] else []
     found += [name for name in ("tokens", "layers", "queries", "seed", "context") if there.get(name) != here[name]]
     # Other models and other numbers of tokens have other ids on the same text.
-    if there.get("ids_sha256") != here["ids_sha256"] and not {"model", "tokens"} & set(found):
+    if there.get("tokens_sha256") != here["tokens_sha256"] and not {"model", "tokens"} & set(found):
         found.append("text")
     return found
 

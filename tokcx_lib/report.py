@@ -39,7 +39,7 @@ def write(table: pd.DataFrame, meta: dict, folder: Path) -> list[Path]:
     ----------
     table : from `probe.probe`.
     meta : what was probed: model, text, tokens, queries, seed and context; the checksums model_sha256, text_sha256 and
-        ids_sha256 (of the token ids), each where it is known; and the device, versions and created of
+        tokens_sha256 (of the token ids), each where it is known; and the device, versions and created of
         `records.provenance`. All of it goes into probe.json; where it has the plan (`probe.plan`), `require_unused`
         knows this probe again.
 
@@ -360,7 +360,7 @@ def _facts(table: pd.DataFrame, meta: dict) -> str:
         "model": checked("model", meta["model"]),
         "text": checked("text", meta["text"]),
         "heads": f"{len(table)}, in {'layers' if len(layers) > 1 else 'layer'} {span}",
-        "tokens": checked("ids", f"{meta['tokens']:,}, in windows of {meta['context']}"),
+        "tokens": checked("tokens", f"{meta['tokens']:,}, in windows of {meta['context']}"),
         "queries": f"{min(meta['queries'], meta['tokens']):,}, drawn with seed {meta['seed']}",
         "device": escape(meta["device"]),
         "made": escape(

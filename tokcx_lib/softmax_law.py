@@ -25,7 +25,6 @@ from tokcx_lib.laws import Empirical, Gaussian, Law, Rademacher, Uniform, Unifor
 from tokcx_lib.validation import as_array, as_broadcast, as_number, shown
 
 MOST_TOKENS = 1e250  # up to here no density of a token that matters underflows
-MOST_TILT = 300.0  # the work grows with its square
 STEP = 0.25  # of the trapezoidal rule in log l
 MOST_TILT = 300.0  # loads of normal tokens, and tilts times the radius of bounded ones
 _SPARE = 46.0  # e^-46 = 1e-20: what may be left out

@@ -123,10 +123,12 @@ def kept_mass(state: Partial, whole: Partial) -> Tensor:
 
 # ------------------------------------------------------------ which keys
 
-def _inputs(q, k, v, positions, budget, least: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+def _inputs(q, k, v, positions, budget) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """What every scheme takes, checked."""
     q, k, v = _as_one_sequence(q, k, v)
-    return q, k, v, _as_positions(positions, len(k), q.shape[-2]), as_count("budget", budget, least, most=len(k))
+    if as_count("budget", budget) > len(k):
+        raise ValueError(f"budget: expected at most the number of keys, {len(k)}, got {budget}")
+    return q, k, v, _as_positions(positions, len(k), q.shape[-2]), int(budget)
 
 
 def _as_positions(positions, n: int, m: int | None = None) -> Tensor:

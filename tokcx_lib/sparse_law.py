@@ -57,7 +57,7 @@ def drawn_error(q: Tensor, k: Tensor, v: Tensor, draws: Sequence[int]) -> Tensor
         raise ValueError(f"q, k: expected shapes (m, d) and (n, d), got {tuple(q.shape)} and {tuple(k.shape)}")
     counts = [as_count("draws", count, most=2**53) for count in as_list("draws", draws, "numbers of keys")]
     counts = torch.tensor(counts, dtype=torch.float64)[:, None]
-    return torch.stack([_drawn(query @ k.mT, v, counts) for query in q], 1)
+    return finite_answer("v", torch.stack([_drawn(query @ k.mT, v, counts) for query in q], 1))
 
 
 def _drawn(logits: Tensor, v: Tensor, m: Tensor) -> Tensor:
@@ -176,9 +176,9 @@ def top_mass(n: float, load: float, k) -> np.ndarray:
         If all weights do not sum to 1 within 1e-3: a check of the quadrature, made every time.
     """
     s, n = as_positive("load", load, most=MOST_TOP_LOAD), as_number("n", n, 2, MOST_TOKENS)
-    ranks, log_n = as_array("k", k, 1, n), math.log(n)
-    if not (ranks < n).all() or (ranks != ranks.round()).any():
-        raise ValueError(f"n, k: expected integers k from 1 to n - 1, got n = {n} and k = {ranks}")
+    ranks, log_n = as_array("k", k), math.log(n)
+    if not ((ranks >= 1) & (ranks < n) & (ranks == ranks.round())).all():
+        raise ValueError(f"n, k: expected k from 1 to n - 1, integers, got n = {n:g} and k = {ranks}")
     z = math.sqrt(2 * (log_n + 35))  # no key beyond it
     step = max(min(0.05, 0.2 / s, 0.6 / (z * math.sqrt(ranks.max()))), 1e-3)  # the level of rank k is that sharp
     y = np.arange(-8.0, z, step)

@@ -401,5 +401,6 @@ def self_attention_moments(x: Tensor, A, V, lengths: Sequence[int], shift=None) 
             raise ValueError(f"shift: expected shape {(dim,)} or {(*A.shape[:-1],)}, got {tuple(shift.shape)}")
         q = q + shift.reshape(*shift.shape[:-1], *ones, 1, dim)
     v = x if V is None else finite_answer("x, V", x @ as_matrix("V", V, columns=dim).to(x).mT)
-    finite_answer("x, A, shift", q)
-    return prefix_moments(q, x, v, lengths)
+    lengths = as_lengths("lengths", lengths, most=x.shape[-2])
+    with naming("x, A, V, shift"):
+        return prefix_moments(q, x, v, lengths)

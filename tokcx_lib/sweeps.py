@@ -37,11 +37,13 @@ from tokcx_lib.validation import (
     as_tensor,
     as_tokens,
     as_vectors,
+    as_wide,
     finite_answer,
     rows_that_fit,
     shown,
 )
 
+MOST_RADIUS = 1e150  # whose square is finite
 MESH = 0.15  # step of the table of a scalar map, in units of 1 / (largest token - smallest token)
 
 
@@ -79,7 +81,7 @@ def pointwise_sweep(
     ValueError
         If shapes do not match or lengths do not increase.
     """
-    queries = as_tokens("queries", queries, as_law("law", law, "sample", "tilted_mean").dim)
+    queries = as_wide("queries", as_tokens("queries", queries, as_law("law", law, "sample", "tilted_mean").dim))
     lengths = as_lengths("lengths", lengths, most=rows_that_fit(law.dim))
     limit = attention_map(law, queries, A, V)
     chosen = _numbers(replicates)
@@ -90,7 +92,7 @@ def pointwise_sweep(
     gap = torch.stack(gaps).flatten(0, 1)
     names = ["replicate", "n", "query"]
     table = pd.MultiIndex.from_product([chosen, lengths, range(len(queries))], names=names).to_frame(index=False)
-    table["error"] = torch.linalg.vector_norm(gap, dim=1).numpy()
+    table["error"] = finite_answer("queries, A, V", torch.linalg.vector_norm(gap, dim=1)).numpy()
     return table.assign(**{f"e{i}": column.numpy() for i, column in enumerate(gap.T)})
 
 
@@ -166,10 +168,11 @@ def largest_error(
     tokens = as_tokens("tokens", tokens, as_law("law", law, "tilted_mean", "tilted_cov").dim)
     A = None if A is None else as_square("A", A, law.dim).to(tokens)
     V = None if V is None else as_matrix("V", V, columns=law.dim).to(tokens)
-    gap = _Gap(law, tokens, as_positive("radius", radius), A, V)
+    radius = as_positive("radius", radius, most=MOST_RADIUS)
+    gap = _Gap(law, tokens, radius, A, V)
     starts = as_count("starts", starts, least=4, most=rows_that_fit(len(tokens)))
     z = _ball_starts(starts, law.dim, generator).to(tokens)
-    value, slope = gap(z)
+    value, slope = (finite_answer("radius, A, V", part) for part in gap(z))
     step = torch.full((len(z), 1), 0.5).to(tokens)
     for steps, keep in ((8, math.ceil(starts / 4)), (12, math.ceil(starts / 16)), (80, 1)):
         for _ in range(steps):
@@ -216,7 +219,7 @@ def uniform_sweep(
     ValueError
         If shapes do not match, a radius is not positive, or lengths do not increase.
     """
-    radii = [as_positive("radii", radius) for radius in as_list("radii", radii, "radii")]
+    radii = [as_positive("radii", radius, most=MOST_RADIUS) for radius in as_list("radii", radii, "radii")]
     as_law("law", law, "sample", "tilted_mean", "tilted_cov")
     lengths = as_lengths("lengths", lengths, most=rows_that_fit(law.dim))
     rows = []

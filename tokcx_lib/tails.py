@@ -33,6 +33,7 @@ from tokcx_lib.validation import (
     as_tensor,
     as_tokens,
     finite_answer,
+    naming,
     rows_that_fit,
 )
 
@@ -161,7 +162,8 @@ def hill_table(x, shares=SHARES, side: str = "both") -> pd.DataFrame:
         if not 0 < share < 1:
             raise ValueError(f"shares: expected numbers between 0 and 1, got {share}")
         k = max(1, round(share * len(sample)))
-        found = hill(sample, k, side)
+        with naming("x, shares"):
+            found = hill(sample, k, side)
         null = normal_hill(k / len(sample), side)
         rows.append((k, k / len(sample), found.index.item(), found.error.item(), null))
     return pd.DataFrame(rows, columns=["k", "share", "hill", "hill_error", "normal_hill"])
@@ -456,7 +458,8 @@ def logit_tails(head: Head, queries, keys, window: int | None = None, quantiles=
     quantiles = [as_number("quantiles", p, 0, 1) for p in as_list("quantiles", quantiles, "quantiles", least=0)]
     q, k, v = head.project(queries.double())[0], *head.project(keys)[1:]
     k, v = k.double(), v.double() - v.double().mean(0)
-    blocks = [_logit_block(block @ (k - k.mean(0)).mT, v, window) for block in q.split(QUERIES)]
+    with naming("queries, keys, window"):
+        blocks = [_logit_block(block @ (k - k.mean(0)).mT, v, window) for block in q.split(QUERIES)]
     found = {name: torch.cat([block[name] for block in blocks]).cpu().numpy() for name in blocks[0]}
     loads = found["load"]
     found["log_mgf_normal"] = normal_log_mgf(len(keys), loads).numpy() / (loads**2 / 2)

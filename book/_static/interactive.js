@@ -55,17 +55,17 @@
     const logPhi = phi.map((p, i) => (rest[i] < 0.5 ? Math.log1p(-rest[i]) : Math.log(Math.max(p, 1e-300))));
 
     // The factor e^{kty} goes into the Gaussian, as far as y < z: nothing under- or overflows.
-    const tilted = (k, q, r) => {
+    const tilted = (k, ...powers) => {
       const tilt = Math.min(k * t, z);
       const share = tilt / t;
       const kernel = density(tilt);
       const weight = u.map((v, i) => Math.exp((k - share) * v - e[i]));
       const part = (power) => average(weight, kernel.map((v, m) => v * power(y[m])));
-      return [part(q), part(r), x.map((v) => share * v + (tilt * tilt) / 2)];
+      return [...powers.map(part), x.map((v) => share * v + (tilt * tilt) / 2)];
     };
-    const [aMean, aOff, logA] = tilted(1, (v) => v, (v) => v - t);
+    const [aMean, logA] = tilted(1, (v) => v);
     const [bOne, bOff, logB] = tilted(2, () => 1, (v) => (v - t) ** 2);
-    return { size, logPhi, aMean, aOff, logA, bOne, bOff, logB };
+    return { size, logPhi, aMean, logA, bOne, bOff, logB };
   }
 
   function tableOf(load) {
@@ -106,7 +106,8 @@
     if (n > 1) {
       const base = Math.log(n * STEP) + Math.log(n - 1);
       for (let i = 0; i < table.size; i++) {
-        square += table.aOff[i] ** 2 * Math.exp(base + (n - 2) * table.logPhi[i] + 2 * table.logA[i]);
+        // By parts, the mean of (y - load) e^{ty} e^{-l e^{ty}} is -load l b_0, which does not cancel.
+        square += (load * table.bOne[i]) ** 2 * Math.exp(base + (n - 2) * table.logPhi[i] + 2 * table.logB[i]);
       }
     }
     return Math.sqrt(square) / load;
