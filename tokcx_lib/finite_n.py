@@ -69,7 +69,7 @@ def relative_error(n, load) -> np.ndarray:
 
     Parameters
     ----------
-    n : numbers of tokens, real, from 1 to 1e250; load : numbers > 0. They broadcast.
+    n : numbers of tokens, real, from 1 to 1e250; load : numbers above 0, up to 300. They broadcast.
 
     Raises
     ------
@@ -92,7 +92,7 @@ def sample_complexity(load: float, error: float) -> float:
 
     Parameters
     ----------
-    load : positive; error : positive, relative root mean square error.
+    load : positive, up to 300; error : positive, relative root mean square error.
 
     Returns
     -------

@@ -111,7 +111,7 @@ def self_moments(n, t: float, own) -> SelfMoments:
 
     Parameters
     ----------
-    n : number of tokens, an own one included, real, from 1 to 1e250; t : one tilt.
+    n : number of tokens, an own one included, real, from 1 to 1e250; t : one tilt, up to 300.
     own : projection of the query's own token on the direction it looks along. Broadcasts with n.
 
     Returns
