@@ -126,7 +126,7 @@ def self_moments(n, t: float, own) -> SelfMoments:
 
     Source: chapter 9.
     """
-    n, own = as_broadcast("n, own", _as_counts(n), as_array("own", own, -1e100, 1e100))
+    n, own = as_broadcast("n, own", _as_counts(n), as_array("t, own", own, -1e100, 1e100))
     t = as_number("t", t, -MOST_TILT, MOST_TILT)
     found = np.empty((6, *n.shape))
     for size in np.unique(n):
