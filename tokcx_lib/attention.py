@@ -42,7 +42,8 @@ def attention_map(law: Law | Tensor, x, A, V=None) -> Tensor:
     ValueError
         If shapes do not match, or anything is NaN or infinite.
     """
-    law = as_law("law", law, "tilted_mean") if hasattr(law, "tilted_mean") else Empirical(as_tokens("law", law))
+    tokens = not hasattr(law, "tilted_mean")
+    law = Empirical(as_tokens("tokens: as the law", law)) if tokens else as_law("law", law, "tilted_mean")
     return _value(law.tilted_mean(_tilt(x, A, law.dim)), V)
 
 

@@ -265,7 +265,7 @@ def shared_keys_projection(n: float, B, V=None, tokens=None, queries=None) -> Te
     z = as_tokens("tokens", tokens, len(B)).detach().double()
     x = as_tokens("queries", queries, len(B)).detach().double()
     if len(x) % 2:
-        raise ValueError(f"queries: expected an even number, got {len(x)}")
+        raise ValueError(f"n, queries: expected n >= 2 and an even number of queries, got {n:g} and {len(x)}")
     for name, part in (("tokens", z), ("queries", x)):
         _require_loads(f"B, {name}", torch.linalg.vector_norm(part @ B.mT, dim=1))
     key = [_as_key(n, z, half @ B.mT) for half in x.chunk(2)]  # two halves: their product has no bias

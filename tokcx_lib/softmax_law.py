@@ -113,7 +113,7 @@ def self_moments(n, t: float, own) -> SelfMoments:
 
     Parameters
     ----------
-    n : number of tokens, an own one included, real, from 1 to 1e250; t : one tilt.
+    n : number of tokens, an own one included, real, from 1 to 1e250; t : one tilt, up to 300.
     own : projection of the query's own token on the direction it looks along. Broadcasts with n.
 
     Returns
@@ -128,7 +128,7 @@ def self_moments(n, t: float, own) -> SelfMoments:
 
     Source: chapter 9.
     """
-    n, own = as_broadcast("n, own", _as_counts(n), as_array("own", own, -1e100, 1e100))
+    n, own = as_broadcast("n, own", _as_counts(n), as_array("t, own", own, -1e100, 1e100))
     t = as_number("t", t, -MOST_TILT, MOST_TILT)
     found = np.empty((6, *n.shape))
     for size in np.unique(n):

@@ -38,6 +38,7 @@ from tokcx_lib.validation import (
     as_tensor,
     as_tokens,
     finite_answer,
+    naming,
     rows_that_fit,
 )
 
@@ -86,7 +87,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, log_weights: Tensor | 
 
 def _as_one_sequence(q, k, v) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (..., m, d) with keys (n, d) and values (n, d_v) that have no batch axes."""
-    q, k, v = as_attention(q, k, v)
+    with naming("q, k, v"):
+        q, k, v = as_attention(q, k, v)
     if k.ndim != 2:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(f"q, k, v: expected shapes (..., m, d), (n, d) and (n, d_v), got {shapes}")

@@ -30,6 +30,7 @@ from tokcx_lib.validation import (
 
 MOST_LOAD = 26.0  # e^{s^2}, and what it multiplies, is finite up to here
 MOST_TOP_LOAD = 300.0  # the work of `top_mass` grows with its square
+MOST_SPREAD = 1e4  # the work of `drawn_error` grows with it
 STEP = 0.5  # of the trapezoidal rule in log l, as in `softmax_law`; here it is exact to 1e-8
 
 
@@ -65,6 +66,8 @@ def _drawn(logits: Tensor, v: Tensor, m: Tensor) -> Tensor:
     logits = logits - torch.logsumexp(logits, 0) + math.log(n)  # of e_j, which has mean 1
     v = v - torch.softmax(logits, 0) @ v
     low, high = logits.min().item(), logits.max().item()
+    if not high - low <= MOST_SPREAD:
+        raise ValueError(f"q, k: expected logits of a query that differ by up to {MOST_SPREAD:g}, got {high - low:.3g}")
     x = torch.arange(-high - 25.0 - math.log(m.max().item()), -low + 5.0, STEP, dtype=torch.float64)
     total, square = 0.0, v.square().sum(1)
     for part in x.split(64):

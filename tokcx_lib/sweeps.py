@@ -244,7 +244,7 @@ def gaussian_limit(law: Gaussian, A, V=None) -> Moments:
         If the law is not Gaussian, or A or V does not match it.
     """
     if not isinstance(law, Gaussian):
-        raise ValueError(f"law, limit: only Gaussian tokens have one in closed form here; give it for {shown(law)}")
+        raise ValueError(f"limit, law: only Gaussian tokens have one in closed form here; give it for {shown(law)}")
     matrix = law.cov.double() @ as_square("A", A, law.dim).double()
     mean = law.mean.double() + matrix @ law.mean.double()
     if V is not None:
