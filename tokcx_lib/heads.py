@@ -163,7 +163,8 @@ def load_model(name_or_path: str = EMBEDDED, device=None) -> TextModel:
     """
     target = runtime.device(device)
     folder = _folder(name_or_path)
-    files = None if folder is None else loading.weight_files(folder)
+    if folder:
+        loading.require_files(folder)
     source = str(folder or name_or_path)
     options = {"trust_remote_code": False, "local_files_only": folder is not None or not runtime.hub_answers()}
     with loading.reading(f"one of {', '.join(SUPPORTED)} in a readable config.json" if folder else NAMES, source):
@@ -172,6 +173,7 @@ def load_model(name_or_path: str = EMBEDDED, device=None) -> TextModel:
         config = AutoConfig.from_pretrained(source, **options)
     kind = architectures.architecture(config)
     architectures.require_sizes(config)
+    files = loading.weight_files(folder) if folder else None
     with loading.reading("safetensors weights that fit config.json", source):
         # Weights that are missing or of other shapes are let pass, to be named below.
         told = {"output_loading_info": True, "ignore_mismatched_sizes": True}

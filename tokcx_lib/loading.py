@@ -75,15 +75,8 @@ def _reason(error: BaseException) -> str:
     return said if len(said) <= LONGEST else said[: LONGEST - 1] + "…"
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files of a folder that hold its weights: the whole, or the shards that its index names, in order of name.
-
-    Raises
-    ------
-    ValueError
-        If a needed file is missing or no regular file (a pipe would be waited for without end), or the index cannot be
-        read or names anything but safetensors files in this folder.
-    """
+def require_files(folder: Path) -> None:
+    """Refuse a folder without a configuration, or with a file that is none: a pipe would be waited for without end."""
     with reading("a folder that can be read", folder):
         found = list(folder.iterdir())
     for path in found:
@@ -92,6 +85,17 @@ def weight_files(folder: Path) -> list[Path]:
             raise refusal("regular files", folder, f"{path.name} is no regular file")
     if not (folder / CONFIG).is_file():
         raise refusal("a folder of a model", folder, f"it has no {CONFIG}")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a folder that hold its weights: the whole, or the shards that its index names, in order of name.
+
+    Raises
+    ------
+    ValueError
+        If there are none, a shard is missing, or the index cannot be read or names anything but safetensors files in
+        this folder.
+    """
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
