@@ -1,5 +1,6 @@
-"""A book of one chapter, for the tests of the tools."""
+"""A book of one chapter, for the tests of the tools; and the fixed text, whatever the scipy."""
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -60,6 +61,19 @@ def lay_out(root: Path) -> None:
     modules = {"__init__": "", "near": "from .far import VALUE\n", "far": "VALUE = 1\n", "apart": "VALUE = 2\n"}
     for name, code in modules.items():
         (root / "tokcx_lib" / f"{name}.py").write_text(code, encoding="utf-8")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fixed_text():
+    """With another scipy than the book's (`make check-lowest`) the docstrings of that one are the text, for the tests."""
+    import scipy
+
+    from tokcx_lib import corpora
+
+    if scipy.__version__ not in corpora.SCIPY_DOCS_SHA256:
+        lines = [line for article in corpora.scipy_articles() for line in article.paragraphs]
+        text = "\n".join(lines) + "\n"
+        corpora.SCIPY_DOCS_SHA256[scipy.__version__] = hashlib.sha256(text.encode()).hexdigest()
 
 
 @pytest.fixture(scope="session")
