@@ -255,7 +255,7 @@ def test_a_sample_where_a_law_is_expected_is_pointed_to_empirical():
 def test_scalar_tokens_are_asked_for_as_a_column():
     for name in ("steiner_point", "steiner_estimate"):
         options = {"frames": 3} if name == "steiner_estimate" else {}
-        with refused(r"^tokens: expected shape \(n, d\).*x\[:, None\]"):
+        with refused(r"^tokens: expected 2 axes, \(n, d\).*x\[:, None\]"):
             getattr(extremes, name)(torch.ones(5), **options)
 
 

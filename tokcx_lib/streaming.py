@@ -196,11 +196,13 @@ def _checked(q: Tensor, blocks) -> Iterator[tuple[Tensor, Tensor]]:
     for block in blocks:
         if not isinstance(block, (tuple, list)) or len(block) != 2:
             raise ValueError(f"blocks: expected pairs of keys and values, got {shown(block)}")
-        with naming("blocks"):
+        try:
             _, k, v = as_attention(q, *block)
+        except ValueError as error:
+            raise ValueError(f"{error}, in blocks") from error
         d_v = d_v or v.shape[-1]
         if v.shape[-1] != d_v:
-            raise ValueError(f"blocks: v: expected dimension {d_v} as in the first block, got shape {tuple(v.shape)}")
+            raise ValueError(f"v: expected dimension {d_v} as in the first of blocks, got shape {tuple(v.shape)}")
         yield k, v
 
 

@@ -210,9 +210,11 @@ def as_vector(name: str, value, dim: int) -> Tensor:
 def as_tokens(name: str, value, dim: int | None = None) -> Tensor:
     """Tokens (n, d) with n >= 1 and d >= 1, finite."""
     tokens = as_tensor(name, value)
-    if tokens.ndim != 2 or 0 in tokens.shape:
+    if tokens.ndim != 2:
         column = "; scalar tokens make a column, x[:, None]" if tokens.ndim == 1 else ""
-        raise ValueError(f"{name}: expected shape (n, d) with n >= 1 and d >= 1, got {tuple(tokens.shape)}{column}")
+        raise ValueError(f"{name}: expected 2 axes, (n, d), got shape {tuple(tokens.shape)}{column}")
+    if 0 in tokens.shape:
+        raise ValueError(f"{name}: expected shape (n, d) with n >= 1 and d >= 1, got {tuple(tokens.shape)}")
     if dim is not None and tokens.shape[1] != dim:
         raise ValueError(f"{name}: expected shape (n, {dim}), got {tuple(tokens.shape)}")
     return tokens
@@ -378,7 +380,7 @@ def as_kind(name: str, value: Kind, *kinds: type[Kind]) -> Kind:
 def as_choice(name: str, value: str, choices: Iterable[str]) -> str:
     """One of some words."""
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {shown(value)}")
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {shown(value)}")
     return value
 
 
