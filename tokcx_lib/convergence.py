@@ -223,7 +223,9 @@ def segment_states(heads: Sequence[Head], queries: Tensor, blocks: Iterable[Tens
             _, k, v = zip(*(head.project(x) for head in heads))
             yield torch.stack(k), torch.stack(v)
 
-    return list(stream_states(q, keys_and_values(), lengths))
+    lengths = _as_lengths(lengths)
+    with naming("queries, blocks"):
+        return list(stream_states(q, keys_and_values(), lengths))
 
 
 def map_errors(segments: Sequence[Sequence[Partial]]) -> tuple[Tensor, Tensor]:
