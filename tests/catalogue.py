@@ -32,12 +32,14 @@ MODULES_ELSEWHERE = {
     "corpora": "reads files",
     "experiments": "runs experiments, for minutes",
     "heads": "takes models",
+    "loading": "takes folders of models",
     "peer": "measures, for minutes",
     "plots": "draws",
     "probe": "takes models and texts",
     "records": "reads and writes files",
     "report": "writes pages",
     "runs": "reads and writes files",
+    "tokenization": "takes a tokenizer",
     "validation": "is what the doors of all others are made of",
 }
 ELSEWHERE = {
@@ -54,6 +56,7 @@ ELSEWHERE = {
     "downstream.passages": "takes a model",
     "layerwise.layer_errors": "takes a model",
     "laws.Law": "a protocol",
+    "runtime.hub_answers": "takes nothing",
     "runtime.profile": "takes nothing",
     "runtime.report": "takes nothing",
     "subsampled.contexts": "takes a model",
