@@ -191,7 +191,7 @@ def _shown(table):
     effective = [name for name in table if name.startswith("effective_")]
     names = {"layer": "layer", "head": "head", "horizon": "horizon", "coupling": "coupling", "load_median": "load"}
     names |= {"load_95": "load_95%", "exponent_sharp": "exponent", "tokens_10_percent": "n@10%", "phase": "phase"}
-    if table["window"].notna().any():  # beyond it eff@N is empty
+    if "window" in table:  # beyond it eff@N is empty
         names |= {"window": "window"}
     names |= {name: name.replace("effective_", "eff@") for name in effective}
     return table[list(names)].rename(columns=names)

@@ -31,6 +31,7 @@ from tokcx_lib.validation import (
     as_square,
     as_tensor,
     as_tokens,
+    as_vectors,
     finite_answer,
     naming,
 )
@@ -166,15 +167,19 @@ def effective_couplings(stack: Stack) -> list[float]:
     return found
 
 
+def _dim(layer: Layer) -> int:
+    return len(as_square("layer: A", as_kind("layer", layer, Layer).A))
+
+
 def _as_tokens(name: str, x, layer: Layer) -> Tensor:
     """Tokens (n, d) that a layer moves."""
-    return as_tokens(name, x, len(as_square("layer: A", as_kind("layer", layer, Layer).A))).detach()
+    return as_tokens(name, x, _dim(layer)).detach()
 
 
 def step(layer: Layer, x: Tensor, keys: Tensor | None = None) -> Tensor:
-    """Tokens (m, d) after a layer, attending to `keys` (n, d), by default to each other."""
-    x = _as_tokens("x", x, layer)
-    keys = x if keys is None else _as_tokens("keys", keys, layer).to(x)
+    """Tokens (..., m, d) after a layer, attending to `keys` (..., n, d), by default to each other."""
+    x = as_vectors("x", x, _dim(layer)).detach()
+    keys = x if keys is None else as_vectors("keys", keys, _dim(layer)).detach().to(x)
     V, A = layer.V.to(x), layer.A.to(x)
     with naming("x, keys"):
         output = partial_attention(x @ A.mT, keys, keys).output

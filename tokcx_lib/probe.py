@@ -247,7 +247,8 @@ class _LayerState:
         for index, head in enumerate(self.heads):
             most = min(lengths[-1], head.window or math.inf)
             row = {"layer": head.layer, "head": head.head, "causal": bool(getattr(head, "causal", False))}
-            row["window"] = math.nan if head.window is None else head.window
+            if head.window is not None:
+                row["window"] = head.window
             row |= head_geometry(head, self.asked, cov, half)
             if getattr(head, "rotary", None) is not None:
                 for distance in DISTANCES:
@@ -340,14 +341,14 @@ def probe(
     Returns
     -------
     DataFrame
-        layer, head, causal, window; reach, horizon (two-sided), horizon_one_sided, coupling, coupling_one_sided,
+        layer, head, causal; reach, horizon (two-sided), horizon_one_sided, coupling, coupling_one_sided,
         load_median, load_05 … load_95, value_spread and value_cov (see `head_geometry`); the columns of `predictions`
         for the coupling and the median load; and effective_N: the median over queries of 1/sum w^2 over N keys, for
         N = 1000, 10000, ... and all tokens. Heads with rotary positions are described at distance 0 between query and
         key, and have horizon_D and load_median_D beside that at the distances of DISTANCES. Causal heads are described
-        as if their queries saw all keys: a query at position i has i of them. A head with a sliding window (`window`,
-        NaN for none) never reads more keys than that: its phase is that of so many tokens, its effective_N is NaN for
-        every larger N, and the size of the window is one of the N.
+        as if their queries saw all keys: a query at position i has i of them. Where heads have sliding windows there is
+        a column `window`, NaN for those without. A head never reads more keys than that: its phase is that of so many
+        tokens, its effective_N is NaN for every larger N, and the size of the window is one of the N.
 
     Raises
     ------

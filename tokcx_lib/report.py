@@ -83,7 +83,8 @@ def require_unused(folder: Path, plan: dict) -> None:
 
 def _keys(head: pd.Series, meta: dict) -> int:
     """How many keys a query of this head reads: all tokens, or those of the head's window."""
-    return meta["tokens"] if math.isnan(head["window"]) else min(int(head["window"]), meta["tokens"])
+    window = head.get("window", math.nan)
+    return meta["tokens"] if math.isnan(window) else min(int(window), meta["tokens"])
 
 
 def _effective(head: pd.Series, meta: dict) -> float:
@@ -132,7 +133,7 @@ def _effective_map(table: pd.DataFrame, meta: dict) -> Figure:
 
 
 def _or_window(table: pd.DataFrame) -> str:
-    return " or a window" if table["window"].notna().any() else ""
+    return " or a window" if "window" in table else ""
 
 
 def _phases(table: pd.DataFrame, meta: dict) -> Figure:
@@ -251,7 +252,7 @@ def caveats(table: pd.DataFrame, meta: dict) -> list[str]:
             "number of earlier tokens. Phases and effective tokens are those of a query that sees all of the "
             f"{n:,} pooled tokens."
         )
-    if table["window"].notna().any():
+    if "window" in table:
         found.append(
             "<b>Some heads read a sliding window.</b> Their queries see no more keys than column window says: phases "
             "and effective tokens are those of so many, and heads.csv leaves larger numbers of keys empty."
@@ -313,7 +314,7 @@ def _columns(table: pd.DataFrame, meta: dict) -> dict[str, Callable[[pd.Series],
         "10% at": plain("tokens_10_percent"),
         "β": lambda head: f"{head['exponent_sharp']:.3f}",
     }
-    if table["window"].notna().any():
+    if "window" in table:
         found["window"] = lambda head: "" if math.isnan(head["window"]) else f"{head['window']:,.0f}"
     for distance in DISTANCES:
         if f"horizon_{distance}" in table:
