@@ -138,7 +138,7 @@ def test_pieces_have_the_ids_of_the_whole(kind, tokenizers, monkeypatch):
         pieces = [text[i : i + size] for i in range(0, len(text), size)]
         whole = of_the_whole(tokenizer, text)
         try:
-            found = probe.first_ids(SimpleNamespace(tokenizer=tokenizer), pieces).tolist()
+            found = probe.first_ids(SimpleNamespace(model=None, tokenizer=tokenizer), pieces).tolist()
         except ValueError as error:  # refused, and for cause: a token that takes the blanks before it, however many
             named, taken = "reads as special" in str(error), "in pieces, got one that it cannot" in str(error)
             assert named and set(whole) & set(numbers) or taken and re.search(r"\s{64}<wide>", text), error
@@ -162,7 +162,7 @@ def test_the_time_is_in_proportion_to_the_text(kind, text, tokenizers, monkeypat
         return encode(tokenizer, texts, places)
 
     monkeypatch.setattr(tokenization, "_encode", counted)
-    assert len(heads.tokenize(SimpleNamespace(tokenizer=tokenizers[kind]), text)) or kind == "wordpiece"
+    assert len(heads.tokenize(SimpleNamespace(model=None, tokenizer=tokenizers[kind]), text)) or kind == "wordpiece"
     assert sum(read) <= 6 * len(text)  # windows that double, and what they share
 
 
@@ -172,7 +172,7 @@ def test_a_text_that_hangs_together_without_end_is_refused(kind, run, tokenizers
         monkeypatch.setattr(tokenization, name, value)
     asked = iter([run * 1000] * 1000)
     with pytest.raises(ValueError, match="^text: expected words, got .* cannot read in pieces"):
-        probe.first_ids(SimpleNamespace(tokenizer=tokenizers[kind]), asked, 10**6)
+        probe.first_ids(SimpleNamespace(model=None, tokenizer=tokenizers[kind]), asked, 10**6)
     assert len(list(asked)) > 950  # not all of it was waited for
 
 
@@ -193,14 +193,14 @@ def test_names_of_special_tokens_are_text(minilm, tokenizers):
     assert not tokenizer.backend_tokenizer.encode_special_tokens  # as it was
     for kind in ("unigram", "words between spaces"):  # a word of the vocabulary, which nothing tells from the token
         with pytest.raises(ValueError, match="^text: .*'<pad>', which this tokenizer reads as special"):
-            heads.tokenize(SimpleNamespace(tokenizer=tokenizers[kind]), "one <pad> two")
-    unknown = SimpleNamespace(tokenizer=tokenizers["words between spaces"])
+            heads.tokenize(SimpleNamespace(model=None, tokenizer=tokenizers[kind]), "one <pad> two")
+    unknown = SimpleNamespace(model=None, tokenizer=tokenizers["words between spaces"])
     assert len(set(heads.tokenize(unknown, "qqqq zzzz <unk>"))) == 1  # words that a vocabulary lacks are no fault
 
 
 @pytest.mark.parametrize("text", [None, 3, b"bytes", ["a", 3], "\ud800"], ids=repr)
 def test_what_is_no_text_is_named(text, minilm, tokenizers):
-    for model in (minilm, SimpleNamespace(tokenizer=tokenizers["byte-level"])):
+    for model in (minilm, SimpleNamespace(model=None, tokenizer=tokenizers["byte-level"])):
         with pytest.raises(ValueError, match="^text: expected"):
             probe.first_ids(model, text)
     assert len(heads.tokenize(minilm, "")) == len(probe.first_ids(model, [])) == 0
@@ -373,7 +373,7 @@ from transformers import PreTrainedTokenizerFast
 from types import SimpleNamespace
 from tokcx_lib import corpora, probe
 
-model = SimpleNamespace(tokenizer=PreTrainedTokenizerFast(tokenizer_file=sys.argv[1]))
+model = SimpleNamespace(model=None, tokenizer=PreTrainedTokenizerFast(tokenizer_file=sys.argv[1]))
 probe.first_ids(model, "Some words. " * 100_000, 2000)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 before = peak()

@@ -297,11 +297,14 @@ KEEPING = ("random", "window", "strided", "window + random", "top-k")  # keep ke
 
 
 def output_error(state: Partial, whole: Partial, unit: float = 1.0) -> Tensor:
-    """Root mean square over queries of the distance between two outputs (..., m, d_v), in units of `unit`: (...)."""
+    """Root mean square over queries of the distance between two outputs (..., m, d_v), in units of `unit`: (...).
+
+    `whole` has the shape of `state`, or the last axes of it: then several states are compared with one.
+    """
     as_kind("state", state, Partial), as_kind("whole", whole, Partial)
-    if state.output.shape != whole.output.shape:
-        wanted, found = tuple(whole.output.shape), tuple(state.output.shape)
-        raise ValueError(f"state: expected outputs of shape {wanted} as in whole, got {found}")
+    wanted, found = whole.output.shape, state.output.shape
+    if found[len(found) - len(wanted) :] != wanted:
+        raise ValueError(f"state: expected outputs of shape (..., *{tuple(wanted)}) as in whole, got {tuple(found)}")
     return (state.output - whole.output).double().square().sum(-1).mean(-1).sqrt() / as_positive("unit", unit)
 
 
