@@ -82,6 +82,14 @@ def test_the_standard_error_is_the_spread_of_slopes():
     assert np.mean([slope.stderr for slope in slopes]) == pytest.approx(spread, rel=0.1)
 
 
+def test_the_standard_error_of_few_replicates_by_hand():
+    """Of two lengths: that of the mean of differences of relative errors, with divisor n - 1."""
+    errors = np.random.default_rng(47).lognormal(0, 0.1, (6, 2)) / np.sqrt([10, 1000])
+    relative = errors / errors.mean(0)
+    expected = (relative[:, 1] - relative[:, 0]).std(ddof=1) / np.sqrt(6) / np.log(100)
+    assert fits.fit_slope(tidy(errors, [10, 1000]), "error").stderr == pytest.approx(expected, rel=1e-9)
+
+
 def test_weights_pay_where_errors_scatter_unevenly():
     plain = [fits.fit_slope(uneven(sweep, 20), "error", resamples=1) for sweep in range(SWEEPS)]
     weighed = [
