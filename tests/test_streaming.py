@@ -68,10 +68,14 @@ def test_any_layout_in_memory_gives_the_same_numbers(problem, which):
     exact = reference_attention(*plain)
     found = partial_attention(*laid)
     logits = 1 + (plain[0].double() @ plain[1].double().mT).abs().max().item()
-    assert (found.output.double() - exact.output).abs().max().item() <= tolerance(*plain)
-    assert (found.lse.double() - exact.lse).abs().max().item() <= 32 * torch.finfo(plain[0].dtype).eps * logits
+    # Sums of equal numbers (rows expanded) are rounded in one direction: their errors do not cancel.
+    eps = torch.finfo(plain[0].dtype).eps
+    rounding, largest = len(plain[1]) * eps, plain[2].abs().max().item()
+    assert (found.output.double() - exact.output).abs().max().item() <= tolerance(*plain) + rounding * largest
+    assert (found.lse.double() - exact.lse).abs().max().item() <= 32 * eps * logits + rounding
     exact = reference_attention(plain[0], plain[1][: lengths[0]], plain[2][: lengths[0]]).output
-    assert (prefix_attention(*laid, lengths)[0].double() - exact).abs().max().item() <= tolerance(*plain)
+    first = prefix_attention(*laid, lengths)[0].double()
+    assert (first - exact).abs().max().item() <= tolerance(*plain) + rounding * largest
 
 
 @pytest.mark.parametrize("sign", [1, -1])
