@@ -178,7 +178,10 @@ def test_a_text_that_hangs_together_without_end_is_refused(kind, run, tokenizers
 
 def test_the_fixed_text_keeps_its_ids(minilm):
     """Records rest on them."""
-    ids = heads.tokenize(minilm, corpora.open_corpus("scipy-docs").text)
+    text = corpora.open_corpus("scipy-docs")
+    if text.sha256 != "ed045194817ca861420f9cd7643f434222d39079cd89d068533d66c821b2ff35":
+        pytest.skip(f"the ids are those of the book's text, and this is that of {text.source}")
+    ids = heads.tokenize(minilm, text.text)
     assert ids.dtype == np.int64 and len(ids) == 228_575
     known = "b64c1ce2ca305594fae036dde534ea4bb36ef4dccb711a08423738085129b164"
     assert hashlib.sha256(ids.tobytes()).hexdigest() == known
