@@ -18,42 +18,52 @@ import pandas as pd
 import torch
 
 import tokcx_lib
-from tokcx_lib import binned, depth, joint, laws, subsampled
-from tokcx_lib.heads import Head
-from tokcx_lib.streaming import Moments, Partial, partial_attention
+from tokcx_lib.models import subsampled
+from tokcx_lib.models.heads import Head
+from tokcx_lib.sampling import binned
+from tokcx_lib.sampling.streaming import Partial, partial_attention
+from tokcx_lib.studies.depth import joint, stacks
+from tokcx_lib.theory import laws
+from tokcx_lib.theory.limits import Moments
 
 # Modules whose functions are tested elsewhere, and why not here.
 MODULES_ELSEWHERE = {
     "__main__": "runs the command line",
     "architectures": "takes models and their configurations",
-    "bench": "measures, for minutes",
-    "check": "takes exercises",
     "cli": "takes the words of a command line",
     "corpora": "reads files",
-    "experiments": "runs experiments, for minutes",
     "heads": "takes models",
     "loading": "takes folders of models",
+    "measure": "takes models and texts",
     "peer": "measures, for minutes",
     "plots": "draws",
-    "probe": "takes models and texts",
     "records": "reads and writes files",
+    "registry": "names the runs",
     "report": "writes pages",
     "runs": "reads and writes files",
+    "suite": "measures, for minutes",
     "tokenization": "takes a tokenizer",
+    "tokens": "takes models and texts",
     "validation": "is what the doors of all others are made of",
+    "windows": "takes models and texts",
+    **dict.fromkeys(
+        ("bounded", "coverage", "exact", "experiments", "gaussian", "sharp", "token_experiments"),
+        "runs experiments, for minutes",
+    ),
 }
 ELSEWHERE = {
+    "runtime.one_thread": "takes nothing",
     "distributed.barrier": "takes nothing",
     "distributed.local_rank": "takes nothing",
     "distributed.rank": "takes nothing",
     "distributed.shard": "takes any list",
     "distributed.world": "takes nothing",
-    "downstream.article_embeddings": "takes a model",
-    "downstream.collect": "takes articles",
-    "downstream.context_attention": "takes a model",
-    "downstream.draw_errors": "takes a model",
-    "downstream.paragraphs": "takes a model",
-    "downstream.passages": "takes a model",
+    "retrieval.article_embeddings": "takes a model",
+    "retrieval.collect": "takes articles",
+    "retrieval.context_attention": "takes a model",
+    "retrieval.draw_errors": "takes a model",
+    "retrieval.paragraphs": "takes a model",
+    "retrieval.passages": "takes a model",
     "layerwise.layer_errors": "takes a model",
     "laws.Law": "a protocol",
     "runtime.hub_answers": "takes nothing",
@@ -67,20 +77,20 @@ ELSEWHERE = {
 def public_functions() -> dict[str, typing.Callable]:
     """`module.name` or `module.Class.method` -> the function, class or unbound method; all that is not `ELSEWHERE`."""
     found = {}
-    for module in pkgutil.iter_modules(tokcx_lib.__path__):
-        if module.name in MODULES_ELSEWHERE:
+    for module in pkgutil.walk_packages(tokcx_lib.__path__, "tokcx_lib."):
+        own = module.name.rpartition(".")[2]
+        if module.ispkg or own in MODULES_ELSEWHERE or module.name.startswith("tokcx_lib.check."):
             continue
-        names = vars(importlib.import_module(f"tokcx_lib.{module.name}"))
-        for name, value in names.items():
-            if name.startswith("_") or getattr(value, "__module__", None) != f"tokcx_lib.{module.name}":
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if name.startswith("_") or getattr(value, "__module__", None) != module.name:
                 continue
             if inspect.isfunction(value):
-                found[f"{module.name}.{name}"] = value
+                found[f"{own}.{name}"] = value
             elif inspect.isclass(value) and "_fields" not in vars(value):  # named tuples take anything
-                found[f"{module.name}.{name}"] = value
+                found[f"{own}.{name}"] = value
                 for method in ("sample", "log_mgf", "tilted_mean", "tilted_cov"):
                     if callable(getattr(value, method, None)):
-                        found[f"{module.name}.{name}.{method}"] = getattr(value, method)
+                        found[f"{own}.{name}.{method}"] = getattr(value, method)
     return {name: value for name, value in found.items() if name not in ELSEWHERE and not name.startswith("laws.Law.")}
 
 
@@ -99,7 +109,11 @@ LAWS = {
     "Uniform": {"dim": DIM},
     "UniformSphere": {"dim": DIM, "radius": 1.5},
     "UniformBall": {"dim": DIM, "radius": 1.5},
-    "GaussianMixture": {"weights": torch.tensor([0.3, 0.7]), "means": normal(2, DIM), "covs": torch.stack([COV, COV / 2])},
+    "GaussianMixture": {
+        "weights": torch.tensor([0.3, 0.7]),
+        "means": normal(2, DIM),
+        "covs": torch.stack([COV, COV / 2]),
+    },
     "Empirical": {"tokens": normal(40, DIM), "weights": torch.full((40,), 1 / 40, dtype=torch.float64)},
 }
 
@@ -116,8 +130,8 @@ def _head(number: int = 0) -> Head:
 
 
 @functools.cache
-def _stack() -> depth.Stack:
-    return depth.gaussian_stack(COV, [depth.Layer(FORM, 0.3 * FORM, 0.9)] * 2)
+def _stack() -> stacks.Stack:
+    return stacks.gaussian_stack(COV, [stacks.Layer(FORM, 0.3 * FORM, 0.9)] * 2)
 
 
 @functools.cache
@@ -179,18 +193,22 @@ MODULES: dict[str, dict] = {
     "convergence": HEADS | {"limit": LIMIT, "heads": [_head(0), _head(1)],
                             "blocks": [normal(20, DIM, seed=s) for s in range(2)],
                             "segments": [[_partial(s), _partial(s + 5)] for s in range(3)]},
-    "depth": {"cov": COV, "layers": [depth.Layer(FORM, 0.3 * FORM, 0.9)], "keep_trace": True, "dim": DIM, "depth": 2,
-              "horizon": 0.5, "value": 0.5, "seed": 0, "stack": _stack(), "layer": depth.Layer(FORM, 0.3 * FORM, 0.9),
+    "stacks": {"cov": COV, "layers": [stacks.Layer(FORM, 0.3 * FORM, 0.9)], "keep_trace": True, "dim": DIM, "depth": 2,
+              "horizon": 0.5, "value": 0.5, "seed": 0, "stack": _stack(), "layer": stacks.Layer(FORM, 0.3 * FORM, 0.9),
               "x": normal(12, DIM), "keys": normal(9, DIM), "shifts": normal(12, DIM, seed=1),
               "queries": normal(4, DIM), "tokens": normal(20, DIM), "lengths": [5, 20], "split_most": 10,
               "horizons": [0.3, 0.5], "draws": [_binned(0), _binned(1)], "probes": normal(3)},
     "distributed": {"state": _partial(), "q": normal(4, DIM), "blocks": _slices, "lengths": [3, 40]},
-    "downstream": {"embeddings": _unit(6, DIM), "index": _unit(5, DIM, seed=1), "count": 3, "share": 0.5,
+    "retrieval": {"embeddings": _unit(6, DIM), "index": _unit(5, DIM, seed=1), "count": 3, "share": 0.5,
                    "critical": normal(6, 4).abs(), "error": normal(6).abs(), "states": STATES,
                    "whole": [s + 0.1 for s in STATES], "text": torch.tensor([[True] * 5, [True] * 4 + [False]])},
     "extremes": {"n": 1000, "replicates": 5, "generator": 0, "dim": DIM, "count": 4, "frames": 3,
                  "tokens": normal(20, 2)},
-    "finite_n": {"n": 20, "load": 0.8, "error": 0.5, "sigma": 1.5, "m": normal(3), "dim": 2},
+    "budgets": {"load": 0.8, "error": 0.5, "n": 20},
+    "forms": {"decay": 1.0, "dim": DIM, "seed": 0},
+    "hardmax": {"n": 20, "sigma": 1.5, "m": normal(3), "dim": 2},
+    "scalar": FOUR | {"tokens": normal(20, 1), "slopes": [0.3, 0.6], "V": None, "lengths": [5, 20]},
+    "uniform": SWEEP,
     "fits": {"table": _table(), "error": "error", "level": 0.9, "resamples": 50, "seed": 0, "weighted": True,
              "by": "half"},
     "geometry": {"cov": COV, "A": FORM, "sided": "one", "x": normal(6, DIM), "shift": normal(DIM)},
@@ -206,30 +224,31 @@ MODULES: dict[str, dict] = {
               "z": TILT, "radius": 0.5, "A": FORM, "support": None, "spread": None, "cov": COV, "V": VALUES},
     "runtime": {"name": "cpu", "seed": 3, "keys": 3},
     "softmax_law": {"n": [10.0, 1e5], "t": 1.5, "law": laws.Gaussian(2.0), "own": [0.5, -1.0]},
-    "sparse": SPARSE | {"keys": torch.arange(20).reshape(4, 5), "log_weights": normal(4, 5), "state": _partial(),
+    "schemes": SPARSE | {"keys": torch.arange(20).reshape(4, 5), "log_weights": normal(4, 5), "state": _partial(),
                         "whole": _partial(3), "n": 40, "width": 8, "extra": 3, "weighted": True, "unit": 1.5},
-    "sparse_law": {"q": normal(4, DIM), "k": normal(40, DIM, seed=1), "v": normal(40, 2, seed=2), "draws": [5, 20],
+    "theory": {"q": normal(4, DIM), "k": normal(40, DIM, seed=1), "v": normal(40, 2, seed=2), "draws": [5, 20],
                    "load": 1.2, "dim": DIM, "budget": [5, 20], "n": 100.0, "correlation": 0.5, "count": 6,
-                   "stride": 2.0, "x": TILT, "t": normal(5, DIM, seed=1), "lags": torch.arange(-3, 4), "reduced_load": 1.5},
+                   "stride": 2.0, "x": TILT, "t": normal(5, DIM, seed=1), "lags": torch.arange(-3, 4),
+                    "reduced_load": 1.5},
     "streaming": ATTENTION | {"a": _partial(0), "b": _partial(3), "blocks": _blocks(), "law": law(), "seed": 0,
                               "start": 5, "stop": 20, "dtype": torch.float64, "device": "cpu", "x": normal(40, DIM),
                               "A": FORM, "V": VALUES, "shift": normal(DIM)},
     "subsampled": {"batch": _contexts(), "keys": 2, "seed": 0, "layers": 2, "keep_special": True,
                    "seen": torch.ones(2, 5, dtype=torch.bool), "states": STATES[0], "real": _contexts().real},
-    "sweeps": SWEEP | FOUR | {"decay": 1.0, "dim": DIM, "errors": normal(5, 2, 4)},
+    "sweeps": SWEEP | {"errors": normal(5, 2, 4)},
     "tails": {"x": SAMPLE, "k": 10, "side": "upper", "share": 0.1, "shares": (0.1, 0.05), "t": 0.5, "points": 8,
               "n": 50, "window": 10, "pooled": True, "outlier": 3.0, "head": _head(), "queries": normal(6, DIM),
               "keys": normal(200, DIM), "quantiles": (0.05, 0.95)},
 }  # fmt: skip
 FUNCTIONS: dict[str, dict] = {
-    "depth.scalar_errors": {"stack": depth.scalar_stack([0.3, 0.5])},
-    "depth.step": {"x": normal(12, DIM)},
+    "stacks.scalar_errors": {"stack": stacks.scalar_stack([0.3, 0.5])},
+    "stacks.step": {"x": normal(12, DIM)},
     "fits.fit_slopes": {"table": pd.concat([_table().assign(half=h) for h in (0, 1)])},
     "rates.exponent": {},
     "softmax_law.self_moments": {"t": 1.5},
-    "sparse_law.influence_covariance": {"correlation": [0.5, 0.1]},
-    "sparse_law.top_mass": {"k": [1, 5]},
-    "sparse_law.frozen_missing_mass": {"k": [1, 5]},
+    "theory.influence_covariance": {"correlation": [0.5, 0.1]},
+    "theory.top_mass": {"k": [1, 5]},
+    "theory.frozen_missing_mass": {"k": [1, 5]},
     "streaming.prefix_moments": SAME,
     "sweeps.horizon_errors": {"limit": None},
     "tails.log_mgf": {"x": SAMPLE.reshape(2, 100), "t": [0.5, -0.5]},

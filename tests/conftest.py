@@ -65,10 +65,10 @@ def lay_out(root: Path) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def fixed_text():
-    """With another scipy than the book's (`make check-lowest`) the docstrings of that one are the text, for the tests."""
+    """With another scipy than the book's (`make check-lowest`) its docstrings are the text, for the tests."""
     import scipy
 
-    from tokcx_lib import corpora
+    from tokcx_lib.models import corpora
 
     if scipy.__version__ not in corpora.SCIPY_DOCS_SHA256:
         lines = [line for article in corpora.scipy_articles() for line in article.paragraphs]

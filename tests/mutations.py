@@ -70,10 +70,12 @@ class Mutant(NamedTuple):
     fate: str = ""
 
     def __str__(self) -> str:
-        return f"{self.chapter}, code cell {self.cell}, line {self.line}: {self.change} in `{self.text.strip()}`: {self.fate}"
+        where = f"{self.chapter}, code cell {self.cell}, line {self.line}"
+        return f"{where}: {self.change} in `{self.text.strip()}`: {self.fate}"
 
 
 # -------------------------------------------------------------- the mutants
+
 
 def left_alone(tree: ast.Module) -> set[int]:
     """Identities of the nodes that are not mutated, by the rules of the module's docstring."""
@@ -92,7 +94,13 @@ def left_alone(tree: ast.Module) -> set[int]:
             for test in ast.walk(node.test):
                 if isinstance(test, ast.Compare) and all(isinstance(op, (ast.Lt, ast.LtE)) for op in test.ops):
                     sides = [test.left, *test.comparators]
-                    spare(*(s for s in sides if isinstance(s, ast.Constant) and type(s.value) is float and s.value <= 0.01))
+                    spare(
+                        *(
+                            s
+                            for s in sides
+                            if isinstance(s, ast.Constant) and type(s.value) is float and s.value <= 0.01
+                        )
+                    )
         elif isinstance(node, ast.Call):
             spare(*(word.value for word in node.keywords if word.arg in TOLERANCES))
             if getattr(node.func, "attr", None) in PRECISIONS:
@@ -142,6 +150,7 @@ def mutate(tree: ast.Module, index: int) -> tuple[ast.Module, str, int]:
 
 # -------------------------------------------------------------- the chapter
 
+
 def is_derivation(cell) -> bool:
     return "derivation" in cell.metadata.get("tags", [])
 
@@ -159,7 +168,7 @@ def mutants(path: Path) -> list[Mutant]:
 
 
 class _Generators(ast.NodeTransformer):
-    """Every comprehension as a generator, whose names have a scope of their own in all Pythons (3.12 inlines the rest)."""
+    """Every comprehension as a generator, with a scope of its own in every Python (3.12 inlines the others)."""
 
     def visit_ListComp(self, node):
         return self.generic_visit(ast.GeneratorExp(node.elt, node.generators))
@@ -202,6 +211,7 @@ def slice_of(cells: list, wanted: set[int]) -> list[int]:
 
 
 # ----------------------------------------------------------------- the runs
+
 
 def quiet() -> None:
     """Make display, glue and plots harmless for code that runs outside of a notebook."""
@@ -306,7 +316,9 @@ def main(arguments: list[str] | None = None) -> int:
             report = {"chapter": path.stem, "mutants": len(outcomes), "alive": alive, "failure": failure}
             print(json.dumps(report | {"seconds": seconds}), flush=True)
         else:
-            print(f"{path.stem}: {len(outcomes)} mutants, {len(alive)} not killed, {seconds:.0f} s {failure}", flush=True)
+            print(
+                f"{path.stem}: {len(outcomes)} mutants, {len(alive)} not killed, {seconds:.0f} s {failure}", flush=True
+            )
     return 1 if bad else 0
 
 

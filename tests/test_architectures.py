@@ -11,7 +11,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from tokcx_lib import architectures, heads
+from tokcx_lib.models import architectures, heads, loading
+from tokcx_lib.models.tokens import layer_streams, token_stream, tokenize
 
 COMMON = dict(vocab_size=60, hidden_size=24, intermediate_size=16, num_hidden_layers=2, max_position_embeddings=40)
 ENCODER = dict(COMMON, num_attention_heads=3)
@@ -191,9 +192,9 @@ def test_a_model_with_a_task_head_has_the_heads_of_its_base(case, body):
     model = small(case, body)
     pairs = zip(heads.heads(model), heads.heads(model.base_model), strict=True)
     assert all(torch.equal(a.A, b.A) and torch.equal(a.shift, b.shift) for a, b in pairs)
-    text = heads.TextModel("with a task head", model, letter_tokenizer(case), None)
-    bare = heads.TextModel("its base", model.base_model, text.tokenizer, None)
-    (ours,), (expected,) = (list(heads.token_stream(m, IDS[0], 1, context=40)) for m in (text, bare))
+    text = loading.TextModel("with a task head", model, letter_tokenizer(case), None)
+    bare = loading.TextModel("its base", model.base_model, text.tokenizer, None)
+    (ours,), (expected,) = (list(token_stream(m, IDS[0], 1, context=40)) for m in (text, bare))
     assert ours.shape == (20, 24) and torch.equal(ours, expected)
 
 
@@ -222,15 +223,15 @@ def letter_tokenizer(case):
 def test_tokens_are_what_the_attention_of_a_saved_model_reads(case, tmp_path):
     small(case).save_pretrained(tmp_path)
     letter_tokenizer(case).save_pretrained(tmp_path)
-    loaded = heads.load_model(str(tmp_path), device="cpu")
+    loaded = loading.load_model(str(tmp_path), device="cpu")
     assert loaded.sha256 and loaded.model.config.model_type == case.split()[0]
     before, after = ([2], [3]) if "bert" in case else ([], []) if case in ("gpt2", "qwen2") else ([2], [])
     text = "the law of a token\nis read off the text\nthat holds its window of keys\n" + "qvxjz" * 2
-    ids = heads.tokenize(loaded, text)
+    ids = tokenize(loaded, text)
     assert ids.tolist() == [LETTERS[letter] for letter in text]
     context = 16
     width = context - len(before) - len(after)
-    streams = [torch.cat(parts) for parts in zip(*heads.layer_streams(loaded, text, [1, 0], context, batch=2))]
+    streams = [torch.cat(parts) for parts in zip(*layer_streams(loaded, text, [1, 0], context, batch=2))]
     assert all(stream.shape == (len(text), 24) and stream.dtype == torch.float32 for stream in streams)
     loaded.model.set_attn_implementation("eager")
     found = heads.heads(loaded)
@@ -260,23 +261,23 @@ def test_tokens_are_what_the_attention_of_a_saved_model_reads(case, tmp_path):
     ],
 )
 def test_positions_bound_the_context(case, least, most):
-    model = heads.TextModel(case, small(case), letter_tokenizer(case), None)
+    model = loading.TextModel(case, small(case), letter_tokenizer(case), None)
     ids = np.resize(np.arange(5, 45), 45)
     for context in (least, most):
-        assert torch.cat(list(heads.token_stream(model, ids, 1, context))).shape == (45, 24)
+        assert torch.cat(list(token_stream(model, ids, 1, context))).shape == (45, 24)
     for context in (least - 1, most + 1):
         with pytest.raises(ValueError, match="^context: expected"):
-            heads.token_stream(model, ids, 1, context)
+            token_stream(model, ids, 1, context)
 
 
 @pytest.mark.parametrize("case", ["distilbert", "gpt2", "llama"])
 def test_the_forward_pass_stops_at_the_layer_asked_for(case):
-    model = heads.TextModel(case, small(case), letter_tokenizer(case), None)
+    model = loading.TextModel(case, small(case), letter_tokenizer(case), None)
     whole = architectures.architecture(model.model.config)
     ran = []
     for i, layer in enumerate(model.model.get_submodule(whole.layers)):
         layer.register_forward_hook(lambda *_, i=i: ran.append(i))
-    list(heads.token_stream(model, np.arange(5, 25), 1, context=40))
+    list(token_stream(model, np.arange(5, 25), 1, context=40))
     assert ran == [0]
 
 
@@ -297,12 +298,12 @@ REFUSED = {
 @pytest.mark.parametrize("kind", REFUSED)
 def test_refusals_name_what_is_supported_and_why(kind, tmp_path):
     config, why = REFUSED[kind]
-    message = f"^model: expected one of {', '.join(heads.SUPPORTED)}, got '{kind}'.*{why}"
+    message = f"^model: expected one of {', '.join(architectures.SUPPORTED)}, got '{kind}'.*{why}"
     with pytest.raises(ValueError, match=message):
         architectures.architecture(config)
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
-        heads.load_model(str(tmp_path))
+        loading.load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", architectures.NORMALISED)
@@ -315,6 +316,6 @@ def test_families_refused_for_their_norms_have_them(kind):
 def test_what_is_no_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "of-another-kind"}))
     with pytest.raises(ValueError, match="^model: expected one of bert, .*of-another-kind"):
-        heads.load_model(str(tmp_path))
+        loading.load_model(str(tmp_path))
     with pytest.raises(ValueError, match="^model: expected one of bert, .*got 'Linear'"):
         heads.heads(torch.nn.Linear(2, 2))

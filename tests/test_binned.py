@@ -9,8 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from tokcx_lib import binned, extremes, laws, rates, runtime
-from tokcx_lib.experiments import EXPERIMENTS
+from tokcx_lib import runtime
+from tokcx_lib.sampling import binned
+from tokcx_lib.studies import extremes
+from tokcx_lib.studies.registry import EXPERIMENTS
+from tokcx_lib.theory import laws, rates
 
 SLOPES = [0.5, 2.0, 3.0]
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from scipy.special import ive
 
-from tokcx_lib import fits, records
-from tokcx_lib.sweeps import power_law_form, random_head
+from tokcx_lib import records
+from tokcx_lib.sampling import fits
+from tokcx_lib.sampling.forms import power_law_form, random_head
 
 REPLICATES = 16
 

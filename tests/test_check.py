@@ -36,7 +36,9 @@ def test_every_exercise_has_kind_minutes_objective_solution_and_check(path):
     assert {e.objective for e in found} == set(objectives)
     for e in found:
         text = re.search(rf"^:label: {e.label}$.*?^```\{{exercise-end\}}", source, flags=re.M | re.S)[0]
-        solution = re.search(rf"^```\{{solution-start\}} {e.label}$.*?^```\{{solution-end\}}", source, flags=re.M | re.S)[0]
+        solution = re.search(
+            rf"^```\{{solution-start\}} {e.label}$.*?^```\{{solution-end\}}", source, flags=re.M | re.S
+        )[0]
         assert "\n*Hand in* " in text and f'assert check.exercise("{e.number}", ' in solution, e.label
 
 
@@ -121,7 +123,11 @@ def test_no_hint_gives_a_number_away(number):
         ("3.5", "many", "answer: expected numbers, got 'many'"),
         ("3.5", [1, 2, 3, float("nan")], "answer: expected finite numbers"),
         ("3.1", {"balance": 1}, "answer: expected a dictionary with 'balance', 'integral', 'changes'"),
-        ("3.1", {"balance": sp.Symbol("z"), "integral": 1, "changes": "both"}, "balance: answer: expected a formula in c lambda"),
+        (
+            "3.1",
+            {"balance": sp.Symbol("z"), "integral": 1, "changes": "both"},
+            "balance: answer: expected a formula in c lambda",
+        ),
         ("3.1", {"balance": 1, "integral": 1, "changes": "perhaps"}, "changes: answer: expected one of balance, "),
     ],
 )

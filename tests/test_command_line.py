@@ -7,9 +7,13 @@ import re
 import pytest
 import torch
 
-from tokcx_lib import cli, heads, probe, records, report, runs, runtime
-from tokcx_lib.experiments import EXPERIMENTS
-from tokcx_lib.heads import TextModel
+from tokcx_lib import cli, records, runtime
+from tokcx_lib.models import loading
+from tokcx_lib.models.loading import TextModel
+from tokcx_lib.models.tokens import tokenize
+from tokcx_lib.probe import measure, report
+from tokcx_lib.studies import runs
+from tokcx_lib.studies.registry import EXPERIMENTS
 
 BIG = str(2**70)
 DIGITS = "9" * 20
@@ -18,14 +22,14 @@ THREE = "\N{ARABIC-INDIC DIGIT THREE}"
 
 @pytest.fixture(scope="module")
 def minilm():
-    return heads.load_model("minilm")
+    return loading.load_model("minilm")
 
 
 @pytest.fixture
 def quick(monkeypatch, minilm, tmp_path):
     """A probe of the packaged model that takes no time: it is loaded once, and no figures are drawn."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(heads, "load_model", lambda name, device: (runtime.device(device), minilm)[1])
+    monkeypatch.setattr(loading, "load_model", lambda name, device: (runtime.device(device), minilm)[1])
     monkeypatch.setattr(report, "_draw", lambda *arguments, **options: b"")
     (tmp_path / "text.txt").write_text("Attention over a law of tokens, and what a head makes of it. " * 60)
     return ["probe", "--text", "text.txt", "--layers", "0", "--tokens", "300", "--queries", "8"]
@@ -100,7 +104,9 @@ def predict(*arguments):
 )
 def test_bad_input_ends_in_one_line_and_code_2(arguments, named, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(heads, "load_model", lambda *_: pytest.fail("a model was loaded before the arguments were read"))
+    monkeypatch.setattr(
+        loading, "load_model", lambda *_: pytest.fail("a model was loaded before the arguments were read")
+    )
     (tmp_path / "text.txt").write_text("Some words.\n")
     code, _, lines = end(arguments, capsys)
     assert code == 2 and len(lines) == 1 and re.search(f"^tokcx: .*{named}", lines[0])
@@ -133,7 +139,9 @@ def test_a_place_that_is_closed_ends_in_one_line_and_code_1(quick, capsys):
     assert code == 1 and len(lines) == 1 and "/proc/nowhere" in lines[0]
 
 
-@pytest.mark.parametrize("text, number", [("10000", 10_000), ("1e4", 10_000), ("10_000", 10_000), ("2.0", 2), (" 7 ", 7)])
+@pytest.mark.parametrize(
+    "text, number", [("10000", 10_000), ("1e4", 10_000), ("10_000", 10_000), ("2.0", 2), (" 7 ", 7)]
+)
 def test_counts_are_read_however_people_write_them(text, number):
     assert cli._count(2)(text) == number
     assert cli._count(0, 2**63)(str(2**63 - 1)) == 2**63 - 1  # no digit lost
@@ -170,7 +178,9 @@ def test_another_probe_is_not_overwritten_unless_forced(quick, capsys, tmp_path)
 
 
 def test_an_unfinished_probe_is_not_thrown_away_by_another(quick, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device", "out")))
+    monkeypatch.setattr(
+        report, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device", "out"))
+    )
     assert end([*quick, "--out", "out"], capsys)[0] == 1
     state = (tmp_path / "out" / ".probe" / "state.npz").read_bytes()
     code, _, lines = end([*quick, "--out", "out", "--queries", "9"], capsys)
@@ -199,10 +209,10 @@ def test_files_are_not_written_through_what_lies_in_their_way(tmp_path):
 
 
 def test_the_context_is_no_longer_than_the_model_sees_unless_asked_for(minilm, monkeypatch):
-    assert probe.default_context(minilm) == 256
+    assert measure.default_context(minilm) == 256
     short = TextModel(minilm.name, minilm.model, minilm.tokenizer, minilm.sha256)
-    monkeypatch.setattr(probe.architectures, "most_positions", lambda config: 40)
-    assert probe.default_context(short) == 40
+    monkeypatch.setattr(measure.architectures, "most_positions", lambda config: 40)
+    assert measure.default_context(short) == 40
 
 
 def test_the_bars_of_a_probe_count_each_token_once(minilm, monkeypatch):
@@ -222,9 +232,9 @@ def test_the_bars_of_a_probe_count_each_token_once(minilm, monkeypatch):
         def update(self, n=1):
             counted[self.desc][1] += n
 
-    monkeypatch.setattr(probe, "tqdm", Bar)
-    ids = heads.tokenize(minilm, "Attention over a law of tokens. " * 200)
-    probe.probe(minilm, ids, [0], 600, 4, context=64)
+    monkeypatch.setattr(measure, "tqdm", Bar)
+    ids = tokenize(minilm, "Attention over a law of tokens. " * 200)
+    measure.probe(minilm, ids, [0], 600, 4, context=64)
     assert counted["tokens"] == [600, 600] and counted["heads"] == [12, 12]
     assert counted["queries"][0] == counted["queries"][1] <= 4 * 62
 

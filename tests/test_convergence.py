@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from tokcx_lib import convergence, probe, runtime
-from tokcx_lib.heads import Head
-from tokcx_lib.laws import Gaussian
-from tokcx_lib.streaming import Moments
+from tokcx_lib import runtime
+from tokcx_lib.models.heads import Head
+from tokcx_lib.models.tokens import token_moments
+from tokcx_lib.studies.real_heads import convergence
+from tokcx_lib.theory.laws import Gaussian
+from tokcx_lib.theory.limits import Moments
 
 
 def random_head(dim=6, d_k=3, d_v=4, seed=0, scale=1.0, layer=0, number=0):
@@ -109,7 +111,7 @@ def test_segments_are_compared_to_all_the_others():
 
 
 def small_law(dim=6):
-    mean, cov = probe.token_moments(tokens(500, dim))
+    mean, cov = token_moments(tokens(500, dim))
     return Gaussian(cov, mean)
 
 
@@ -120,7 +122,9 @@ def test_the_limit_of_a_twin_is_approached_by_its_simulation():
     out = (law.mean + (x @ head.A.mT + head.shift) @ law.cov) @ head.V.mT  # the map of Gaussian keys, query by query
     assert torch.allclose(limit.mean, out.mean(0), atol=0.02)
     assert torch.allclose(limit.cov, torch.cov(out.mT), atol=0.02 * limit.cov.abs().max().item() + 0.01)
-    errors = convergence.twin_errors(head, law, [30, 300, 3000], 20, seed=3).groupby("n")[["mean_error", "cov_error"]].mean()
+    errors = (
+        convergence.twin_errors(head, law, [30, 300, 3000], 20, seed=3).groupby("n")[["mean_error", "cov_error"]].mean()
+    )
     assert (errors.iloc[0] > 5 * errors.iloc[2]).all()  # a factor of 10 at n^-1/2
 
 

@@ -67,7 +67,9 @@ def test_a_stub_for_every_exercise_and_the_figures_of_its_solution(out, path):
     assert all(f"check.exercise({number!r}, answer)" in stub for number, stub in zip(numbers, stubs))
     assert not any(cell.source.startswith("raise NotImplementedError") for cell in instructor.cells)
     hidden, _ = solutions(path)
-    assert sum(len(cell.get("attachments", {})) for cell in student.cells) == sum(len(course.drawn(cell)) for cell in hidden)
+    assert sum(len(cell.get("attachments", {})) for cell in student.cells) == sum(
+        len(course.drawn(cell)) for cell in hidden
+    )
 
 
 @pytest.mark.parametrize("kind", course.KINDS)
@@ -123,21 +125,33 @@ def test_instructor_copies_run_through(out, path, tmp_path):
 
 # ------------------------------------------------------------ plain Markdown
 
-BOOK = plain.Book({"thm-a": "Theorem 3.1", "eq-b": "(3.2)", "sec-c": "A section", "ex-d": "Exercise 3.4"}, {"doe2020": ("Doe and Roe", "2020")})
+BOOK = plain.Book(
+    {"thm-a": "Theorem 3.1", "eq-b": "(3.2)", "sec-c": "A section", "ex-d": "Exercise 3.4"},
+    {"doe2020": ("Doe and Roe", "2020")},
+)
 
 
 @pytest.mark.parametrize(
     ("myst", "markdown"),
     [
-        ("{prf:ref}`thm-a` and {eq}`eq-b`, {ref}`sec-c`, {ref}`there <sec-c>`", "Theorem 3.1 and (3.2), “A section”, there"),
+        (
+            "{prf:ref}`thm-a` and {eq}`eq-b`, {ref}`sec-c`, {ref}`there <sec-c>`",
+            "Theorem 3.1 and (3.2), “A section”, there",
+        ),
         ("{ref}`An exercise <ex-d>` asks", "Exercise 3.4 asks"),
-        ("{cite:t}`doe2020` say so {cite:p}`doe2020,doe2020`", "Doe and Roe (2020) say so (Doe and Roe, 2020; Doe and Roe, 2020)"),
+        (
+            "{cite:t}`doe2020` say so {cite:p}`doe2020,doe2020`",
+            "Doe and Roe (2020) say so (Doe and Roe, 2020; Doe and Roe, 2020)",
+        ),
         ("it is {glue:text}`value`", "it is 0.5"),
         ("(sec-c)=\n## A section\n\nText", "## A section\n\nText"),
         ("$$\nx\n$$ (eq-b)", "$$\nx\n\\tag{3.2}\n$$"),
         ("```{math}\n:label: eq-b\nx\n```", "$$\nx\n\\tag{3.2}\n$$"),
         ("```{admonition} Note\n:class: tip\n- a\n- b\n```", "> **Note.**\n>\n> - a\n> - b"),
-        ("```{prf:theorem} Of Doe\n:label: thm-a\nIt {eq}`eq-b` holds.\n```", "> **Theorem 3.1 (Of Doe).**\n>\n> It (3.2) holds."),
+        (
+            "```{prf:theorem} Of Doe\n:label: thm-a\nIt {eq}`eq-b` holds.\n```",
+            "> **Theorem 3.1 (Of Doe).**\n>\n> It (3.2) holds.",
+        ),
     ],
 )
 def test_myst_to_plain_markdown(myst, markdown):

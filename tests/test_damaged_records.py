@@ -1,4 +1,4 @@
-"""A record or a checkpoint that was damaged, or is another's, is refused in one sentence that names it and what is wrong."""
+"""A record or checkpoint that was damaged, or is another's, is refused in one sentence: which, and what is wrong."""
 
 import gzip
 import hashlib
@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tokcx_lib import cli, experiments, records, runs
+from tokcx_lib import cli, records
+from tokcx_lib.studies import registry, runs
 
 DEEP = 100_000
 
@@ -153,7 +154,7 @@ def test_a_record_under_another_name(folder, monkeypatch, capsys):
         runs.verify("other", other, path=folder)
     with pytest.raises(ValueError, match="^record 'other': its table lacks scale"):
         runs.verify("other", SMALL._replace(keys=("replicate", "scale")), path=folder)
-    monkeypatch.setitem(experiments.EXPERIMENTS, "other", other)
+    monkeypatch.setitem(registry.EXPERIMENTS, "other", other)
     assert cli.main(["verify", "other", "--out", str(folder)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 

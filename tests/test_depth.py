@@ -7,11 +7,14 @@ import pandas as pd
 import pytest
 import torch
 
-from tokcx_lib import binned, corpora, depth, heads, joint, layerwise, rates, records, runtime, subsampled, sweeps
-from tokcx_lib.depth import Layer
-from tokcx_lib.experiments import EXPERIMENTS, texts
-from tokcx_lib.experiments import depth as experiments
-from tokcx_lib.heads import Head
+from tokcx_lib import records, runtime
+from tokcx_lib.models import corpora, loading, subsampled, windows
+from tokcx_lib.models.heads import Head
+from tokcx_lib.models.tokens import tokenize
+from tokcx_lib.sampling import binned
+from tokcx_lib.studies.depth import experiments, joint, layerwise, stacks
+from tokcx_lib.studies.depth.stacks import Layer
+from tokcx_lib.studies.registry import EXPERIMENTS
 
 
 def normal(*shape, seed=0):
@@ -34,7 +37,7 @@ def plain_step(layer, x, keys=None):
 
 def test_the_limit_is_what_more_and_more_tokens_tend_to():
     cov = torch.tensor([[1.0, 0.3], [0.3, 0.5]], dtype=torch.float64)
-    stack = depth.gaussian_stack(cov, [small_layer(2, seed) for seed in (1, 2)])
+    stack = stacks.gaussian_stack(cov, [small_layer(2, seed) for seed in (1, 2)])
     root = torch.linalg.cholesky(cov)
     errors = []
     for n in (250, 4000):
@@ -42,7 +45,7 @@ def test_the_limit_is_what_more_and_more_tokens_tend_to():
         for r in range(5):
             x = should = normal(n, 2, seed=10 + r) @ root.mT
             for layer, M in zip(stack.layers, stack.maps):
-                x, should = depth.step(layer, x), should @ M.mT
+                x, should = stacks.step(layer, x), should @ M.mT
             squares.append((x - should).square().sum(-1).mean().item())
         errors.append(np.mean(squares) ** 0.5)
     assert errors[1] < 0.4 * errors[0]  # a quarter, if the limit is right
@@ -55,16 +58,16 @@ def test_the_limit_is_what_more_and_more_tokens_tend_to():
 def test_the_mean_has_a_map_of_its_own():
     layer = small_layer(2, 5)
     cov = torch.eye(2, dtype=torch.float64)
-    M = depth.gaussian_stack(cov, [layer]).maps[0]
+    M = stacks.gaussian_stack(cov, [layer]).maps[0]
     mean = torch.tensor([0.5, -1.0], dtype=torch.float64)
     tokens = normal(6000, 2, seed=4)
     tokens = tokens - tokens.mean(0)
-    gap = depth.step(layer, tokens + mean).mean(0) - depth.step(layer, tokens).mean(0)
+    gap = stacks.step(layer, tokens + mean).mean(0) - stacks.step(layer, tokens).mean(0)
     assert torch.allclose(gap, (M + layer.gain * layer.V) @ mean, atol=0.03)
 
 
 def test_steady_layers_keep_the_trace_and_drifting_ones_gain_load():
-    steady, drifting = depth.steady_stack(4, 5, 0.5, 0.5, 1), depth.drifting_stack(4, 5, 0.5, 0.3, 1)
+    steady, drifting = stacks.steady_stack(4, 5, 0.5, 0.5, 1), stacks.drifting_stack(4, 5, 0.5, 0.3, 1)
     assert np.allclose(steady.table()["trace"], 4) and steady.covs[-1].trace().item() == pytest.approx(4)
     assert (np.diff(drifting.table()["load"]) > 0).all() and drifting.table()["horizon"][0] == pytest.approx(0.5)
     for stack in (steady, drifting):
@@ -74,8 +77,10 @@ def test_steady_layers_keep_the_trace_and_drifting_ones_gain_load():
 @pytest.mark.parametrize("bad", [{"cov": [[1.0, 2.0], [2.0, 1.0]]}, {"layers": []}, {"layers": [small_layer(3)]}])
 def test_bad_stacks_are_refused(bad):
     good = {"cov": torch.eye(2, dtype=torch.float64), "layers": [small_layer(2)]}
-    with pytest.raises(ValueError, match=next(iter(bad)) if "layers" not in bad or not bad["layers"] else "A: expected"):
-        depth.gaussian_stack(**{**good, **bad})
+    with pytest.raises(
+        ValueError, match=next(iter(bad)) if "layers" not in bad or not bad["layers"] else "A: expected"
+    ):
+        stacks.gaussian_stack(**{**good, **bad})
 
 
 def test_moved_keys_is_the_derivative(monkeypatch):
@@ -83,17 +88,17 @@ def test_moved_keys_is_the_derivative(monkeypatch):
     h = 1e-5
     ends = [plain_step(layer, queries, x + sign * h * shifts) for sign in (1, -1)]
     derivative = (ends[0] - ends[1]) / (2 * h)
-    assert torch.allclose(depth.moved_keys(layer, x, shifts, queries), derivative, atol=1e-8)
-    monkeypatch.setattr(depth, "ROWS", 40)  # two queries at a time
-    assert torch.allclose(depth.moved_keys(layer, x, shifts, queries), derivative, atol=1e-8)
+    assert torch.allclose(stacks.moved_keys(layer, x, shifts, queries), derivative, atol=1e-8)
+    monkeypatch.setattr(stacks, "ROWS", 40)  # two queries at a time
+    assert torch.allclose(stacks.moved_keys(layer, x, shifts, queries), derivative, atol=1e-8)
     with pytest.raises(ValueError, match="shifts: expected shape"):
-        depth.moved_keys(layer, x, shifts[:5])
+        stacks.moved_keys(layer, x, shifts[:5])
 
 
 def test_errors_are_those_of_the_tokens_that_moved():
-    stack = depth.gaussian_stack(torch.eye(3, dtype=torch.float64), [small_layer(3, seed) for seed in (1, 2)])
+    stack = stacks.gaussian_stack(torch.eye(3, dtype=torch.float64), [small_layer(3, seed) for seed in (1, 2)])
     tokens = normal(40, 3, seed=9)
-    table = depth.stack_errors(stack, tokens, [15, 40], 15).set_index(["n", "layer"])
+    table = stacks.stack_errors(stack, tokens, [15, 40], 15).set_index(["n", "layer"])
     for n in (15, 40):
         moved = should = tokens[:n]
         for number, (layer, M, cov) in enumerate(zip(stack.layers, stack.maps, stack.covs[1:]), 1):
@@ -113,10 +118,10 @@ def test_errors_are_those_of_the_tokens_that_moved():
 
 
 def test_what_first_order_leaves_out_is_of_second_order():
-    stack = depth.steady_stack(4, 4, 0.4, 0.5, 3)
+    stack = stacks.steady_stack(4, 4, 0.4, 0.5, 3)
     share = {}
     for n in (100, 1600):
-        found = [depth.stack_errors(stack, normal(n, 4, seed=r), [n], n).iloc[-1] for r in range(3)]
+        found = [stacks.stack_errors(stack, normal(n, 4, seed=r), [n], n).iloc[-1] for r in range(3)]
         share[n] = np.mean([row.remainder / row.error for row in found])
     assert share[1600] < 0.5 * share[100] and share[100] < 0.3  # errors fall to a quarter, so does their share
 
@@ -126,36 +131,36 @@ def test_what_first_order_leaves_out_is_of_second_order():
 
 def test_effective_couplings_in_one_dimension():
     h = [1.5, 0.7, 0.5]
-    found = depth.effective_couplings(depth.scalar_stack(h))
+    found = stacks.effective_couplings(stacks.scalar_stack(h))
     psi = [x**2 for x in h]
     assert found == pytest.approx([psi[0], psi[0] * (1 + psi[1]), psi[0] * (1 + psi[1] * (1 + psi[2]))])
-    late = depth.effective_couplings(depth.scalar_stack([0.1, 2.0]))
+    late = stacks.effective_couplings(stacks.scalar_stack([0.1, 2.0]))
     assert late == pytest.approx([0.01, 4.0])  # the colder layer counts
-    alike = depth.effective_couplings(depth.scalar_stack([0.8] * 4))
+    alike = stacks.effective_couplings(stacks.scalar_stack([0.8] * 4))
     assert alike == pytest.approx([sum(0.64**k for k in range(1, L + 1)) for L in range(1, 5)])
 
 
 def test_a_pull_passes_a_weak_layer_by():
-    between = depth.effective_couplings(depth.scalar_stack([1.0, 0.5, 1.0]))
+    between = stacks.effective_couplings(stacks.scalar_stack([1.0, 0.5, 1.0]))
     assert between == pytest.approx([1.0, 1.25, 2.0])
-    strong = depth.effective_couplings(depth.scalar_stack([1.0, 0.9, 1.0]))
+    strong = stacks.effective_couplings(stacks.scalar_stack([1.0, 0.9, 1.0]))
     assert strong[-1] == pytest.approx(1 + 0.81 * 2)
 
 
 def test_effective_couplings_of_directions_that_do_not_meet():
     one, zero = torch.eye(2, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
     A, B = (torch.diag(torch.tensor(d, dtype=torch.float64)) for d in ([0.9, 0.0], [0.0, 0.9]))
-    same = depth.gaussian_stack(one, [Layer(A, zero), Layer(A, zero)])
-    apart = depth.gaussian_stack(one, [Layer(A, zero), Layer(B, zero)])
-    assert depth.effective_couplings(same) == pytest.approx([0.81, 0.81 * 1.81])
-    assert depth.effective_couplings(apart) == pytest.approx([0.81, 0.81])
-    stretched = depth.gaussian_stack(4 * one, [Layer(A / 4, zero), Layer(A / 4, zero)])
-    assert depth.effective_couplings(stretched) == pytest.approx([0.81, 0.81 * 1.81])
+    same = stacks.gaussian_stack(one, [Layer(A, zero), Layer(A, zero)])
+    apart = stacks.gaussian_stack(one, [Layer(A, zero), Layer(B, zero)])
+    assert stacks.effective_couplings(same) == pytest.approx([0.81, 0.81 * 1.81])
+    assert stacks.effective_couplings(apart) == pytest.approx([0.81, 0.81])
+    stretched = stacks.gaussian_stack(4 * one, [Layer(A / 4, zero), Layer(A / 4, zero)])
+    assert stacks.effective_couplings(stretched) == pytest.approx([0.81, 0.81 * 1.81])
 
 
 def test_effective_couplings_are_those_of_the_pull_handed_on():
-    # E exp(<B Y, y> - |BY|^2 / 2) over the keys Y ~ N(B' z, I) of a query z, by simulation, against exp(y'Py / 2) at z = 0.
-    stack = depth.gaussian_stack(torch.eye(2, dtype=torch.float64), [small_layer(2, 7), small_layer(2, 8)])
+    # E exp(<B Y, y> - |BY|^2 / 2) over keys Y ~ N(B' z, I) of a query z, by simulation, against exp(y'Py / 2) at z = 0.
+    stack = stacks.gaussian_stack(torch.eye(2, dtype=torch.float64), [small_layer(2, 7), small_layer(2, 8)])
     half = torch.eye(2, dtype=torch.float64)
     forms = []
     for layer, M in zip(stack.layers, stack.maps):
@@ -169,7 +174,7 @@ def test_effective_couplings_are_those_of_the_pull_handed_on():
     inverse = torch.linalg.inv(torch.eye(2) + G)
     exact = torch.exp(y @ (G @ inverse) @ y / 2) * torch.linalg.det(inverse).sqrt()
     assert found.item() == pytest.approx(exact.item(), rel=0.02)
-    assert torch.linalg.matrix_norm(G, 2).item() <= depth.effective_couplings(stack)[1] + 1e-12
+    assert torch.linalg.matrix_norm(G, 2).item() <= stacks.effective_couplings(stack)[1] + 1e-12
 
 
 def test_attention_over_counted_points():
@@ -182,10 +187,10 @@ def test_attention_over_counted_points():
 
 
 def test_scalar_stacks_from_counts_are_those_of_the_tokens():
-    stack = depth.scalar_stack([1.2, 0.6], value=0.8)
+    stack = stacks.scalar_stack([1.2, 0.6], value=0.8)
     tokens, probes = normal(600, seed=3), [0.0, 1.0]
     whole = binned.BinnedTokens(tokens[:590], torch.ones(590, dtype=torch.float64), tokens[590:])
-    at, rms, mean = depth.scalar_errors(stack, [whole], probes)
+    at, rms, mean = stacks.scalar_errors(stack, [whole], probes)
     x, q, factor = tokens[:, None], torch.tensor(probes, dtype=torch.float64)[:, None], 1.0
     for i, (layer, M) in enumerate(zip(stack.layers, stack.maps)):
         x, q, factor = plain_step(layer, x), plain_step(layer, q, x), factor * M.item()
@@ -211,9 +216,9 @@ def layer_of_heads(count=3, dim=6, size=2, scale=0.6):
 def plain_sum(made, maps, queries, keys):
     """Output of each head after W_O, (h, m, d), float64."""
     x, y = queries.double(), keys.double()
-    return torch.stack([
-        torch.softmax((x @ h.A.mT + h.shift) @ y.mT, -1) @ (y @ h.V.mT) @ W.double().mT for h, W in zip(made, maps)
-    ])
+    return torch.stack(
+        [torch.softmax((x @ h.A.mT + h.shift) @ y.mT, -1) @ (y @ h.V.mT) @ W.double().mT for h, W in zip(made, maps)]
+    )
 
 
 def test_gram_of_the_errors_of_heads():
@@ -261,11 +266,13 @@ def test_first_order_of_two_heads_on_gaussian_tokens():
 
 @pytest.fixture(scope="module")
 def minilm():
-    return heads.load_model("minilm")
+    return loading.load_model("minilm")
 
 
 def test_layer_errors_are_those_of_the_encoder(minilm):
-    batch = subsampled.contexts(minilm, ["Attention averages values over keys, and this is a text about it.", "Short text."])
+    batch = subsampled.contexts(
+        minilm, ["Attention averages values over keys, and this is a text about it.", "Short text."]
+    )
     table = layerwise.layer_errors(minilm, batch, 3, 5).set_index(["context", "layer"])
     exact = subsampled.encode(minilm, batch).states
     off = subsampled.encode(minilm, batch, 3, 5).states
@@ -274,8 +281,13 @@ def test_layer_errors_are_those_of_the_encoder(minilm):
         before = subsampled.encode(minilm, batch, 3, 5, layers=range(layer - 1)).states
         for c in range(2):
             real = batch.real[c]
-            sizes = [(a[layer][c, real] - exact[layer][c, real]).square().sum(-1).mean().sqrt().item() for a in (off, alone, before)]
-            assert table.loc[c, layer][["error", "fresh", "inherited"]].tolist() == pytest.approx(sizes, rel=1e-3, abs=1e-4)
+            sizes = [
+                (a[layer][c, real] - exact[layer][c, real]).square().sum(-1).mean().sqrt().item()
+                for a in (off, alone, before)
+            ]
+            assert table.loc[c, layer][["error", "fresh", "inherited"]].tolist() == pytest.approx(
+                sizes, rel=1e-3, abs=1e-4
+            )
     assert (table.xs(1, level="layer")["inherited"] < 1e-4).all() and (table["before"].iloc[0] == 0)
     none = layerwise.layer_errors(minilm, batch, 500, 5)
     assert (none[["error", "fresh", "inherited"]] < 1e-3).all(axis=None)
@@ -286,8 +298,8 @@ def test_layer_errors_are_those_of_the_encoder(minilm):
 
 @pytest.fixture
 def small_text(minilm, monkeypatch):
-    ids = torch.as_tensor(heads.tokenize(minilm, corpora.open_corpus("scipy-docs").text)[:20_000].astype(np.int32))
-    monkeypatch.setattr(texts, "_ids", lambda model, name: (ids, {"text": "sha"}))
+    ids = torch.as_tensor(tokenize(minilm, corpora.open_corpus("scipy-docs").text)[:20_000].astype(np.int32))
+    monkeypatch.setattr(windows, "_ids", lambda model, name: (ids, {"text": "sha"}))
     monkeypatch.setattr(experiments, "CONTEXTS", 10)
     monkeypatch.setattr(experiments, "POOL", 20)
 

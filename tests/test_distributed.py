@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tokcx_lib import distributed, streaming
-from tokcx_lib.laws import Gaussian
+from tokcx_lib.sampling import distributed, streaming
+from tokcx_lib.theory.laws import Gaussian
 
 ROOT = Path(__file__).resolve().parent.parent
 # Some shares are empty: of one key, one rank has none, in the first stretch and later on.

@@ -1,4 +1,4 @@
-"""Retrieval with fewer keys: distances to a flip against brute force, splits that leak nothing, units that run alone."""
+"""Retrieval with fewer keys: distances to a flip against brute force, splits without leaks, units that run alone."""
 
 import itertools
 import math
@@ -9,10 +9,13 @@ import pandas as pd
 import pytest
 import torch
 
-from tokcx_lib import corpora, downstream, heads, runtime, subsampled
-from tokcx_lib.corpora import Article, Corpus
-from tokcx_lib.experiments import EXPERIMENTS
-from tokcx_lib.experiments import downstream as experiment
+from tokcx_lib import runtime
+from tokcx_lib.models import corpora, loading, subsampled
+from tokcx_lib.models.corpora import Article, Corpus
+from tokcx_lib.models.tokens import tokenize
+from tokcx_lib.studies.downstream import experiments as experiment
+from tokcx_lib.studies.downstream import retrieval
+from tokcx_lib.studies.registry import EXPERIMENTS
 
 
 def units(*shape, seed=0):
@@ -23,14 +26,15 @@ def units(*shape, seed=0):
 
 @pytest.fixture(scope="module")
 def minilm():
-    return heads.load_model("minilm")
+    return loading.load_model("minilm")
 
 
 # ---------------------------------------------------------------------------------------------------- distances
 
+
 def test_critical_distances_are_the_nearest_points_that_tie():
     u, index = units(5, 6), units(9, 6, seed=1)
-    critical = downstream.critical_distances(u, index, 100)
+    critical = retrieval.critical_distances(u, index, 100)
     assert critical.shape == (5, 8) and (critical.diff(dim=1) >= 0).all()
     for i in range(5):
         first = int((index @ u[i]).argmax())
@@ -45,8 +49,8 @@ def test_critical_distances_are_the_nearest_points_that_tie():
 
 def test_no_move_below_the_critical_distance_flips_and_some_just_above_do():
     u, index = units(4, 3), units(7, 3, seed=2)
-    critical = downstream.critical_distances(u, index, 1)[:, 0]
-    first = downstream.nearest(u, index)
+    critical = retrieval.critical_distances(u, index, 1)[:, 0]
+    first = retrieval.nearest(u, index)
     for factor, flips in ((0.999, False), (1.02, True)):
         tangent = units(4, 20_000, 3, seed=3)
         tangent = tangent - (tangent @ u[..., None]) * u[:, None]
@@ -54,7 +58,7 @@ def test_no_move_below_the_critical_distance_flips_and_some_just_above_do():
         half = torch.asin(factor * critical / 2)[:, None, None]  # chord c is the angle 2 asin(c / 2)
         moved = torch.cos(2 * half) * u[:, None] + torch.sin(2 * half) * tangent
         assert torch.allclose((moved - u[:, None]).norm(dim=-1), factor * critical[:, None].expand(4, 20_000))
-        found = downstream.nearest(moved, index) != first[:, None]
+        found = retrieval.nearest(moved, index) != first[:, None]
         assert found.any(-1).tolist() == [flips] * 4
 
 
@@ -62,25 +66,26 @@ def test_flip_rate_is_that_of_drawn_errors():
     critical, error = torch.tensor([[0.3, 0.5], [0.1, 2.0]]), torch.tensor([0.8, 0.4])
     draws = torch.randn(200_000, 2, 2, generator=runtime.generator(4))
     expected = (draws * (0.5 * error)[:, None] > critical).any(-1).float().mean(0)
-    assert torch.allclose(downstream.flip_rate(critical, error, 0.5), expected, atol=0.005)
-    assert downstream.flip_rate(critical, torch.zeros(2), 0.5).tolist() == [0, 0]
+    assert torch.allclose(retrieval.flip_rate(critical, error, 0.5), expected, atol=0.005)
+    assert retrieval.flip_rate(critical, torch.zeros(2), 0.5).tolist() == [0, 0]
 
 
 def test_bad_input_is_named():
     for call, name in (
-        (lambda: downstream.flip_rate([1.0], -1.0, 0.5), "error"),
-        (lambda: downstream.flip_rate([1.0], 1.0, 0.0), "share"),
-        (lambda: downstream.critical_distances(units(2, 3), units(1, 3)), "index"),
-        (lambda: downstream.critical_distances(units(2, 4), units(5, 3)), "embeddings"),
-        (lambda: downstream.collect([], list, 1, 4, 1, 1, runtime.stream(1)), "count"),
+        (lambda: retrieval.flip_rate([1.0], -1.0, 0.5), "error"),
+        (lambda: retrieval.flip_rate([1.0], 1.0, 0.0), "share"),
+        (lambda: retrieval.critical_distances(units(2, 3), units(1, 3)), "index"),
+        (lambda: retrieval.critical_distances(units(2, 4), units(5, 3)), "embeddings"),
+        (lambda: retrieval.collect([], list, 1, 4, 1, 1, runtime.stream(1)), "count"),
         (lambda: corpora.wikipedia_articles(Corpus("x", "", lambda: ["no heading"])), "corpus"),
-        (lambda: downstream.draw_errors(*[None] * 6, seeds=[1]), "seeds"),
+        (lambda: retrieval.draw_errors(*[None] * 6, seeds=[1]), "seeds"),
     ):
         with pytest.raises(ValueError, match=f"^{name}: expected"):
             call()
 
 
 # ---------------------------------------------------------------------------------------------------- articles
+
 
 def test_articles_of_both_texts():
     found = corpora.wikipedia_articles(Corpus("x", "", lambda: [" = One = \n\nA b.\n c \n\n = Two = \n\nD.\n"]))
@@ -94,7 +99,7 @@ def test_queries_and_what_represents_an_article_are_apart():
     sizes = [[5, 9, 3, 12], [4, 4, 4, 4], [10, 2, 8, 9, 7], [8, 8, 1, 3]]
     articles = [SimpleNamespace(title=str(a), pieces=[np.arange(n) + 100 * a + 1000 * i for i, n in enumerate(size)])
                 for a, size in enumerate(sizes)]  # fmt: skip
-    found = downstream.collect(articles, lambda a: a.pieces, 2, 8, 2, 2, runtime.stream(1), least=2)
+    found = retrieval.collect(articles, lambda a: a.pieces, 2, 8, 2, 2, runtime.stream(1), least=2)
     # Article 1 has no piece of 8 tokens, and article 3 only one of at least 2 besides its two queries.
     assert sorted(found.titles) == ["0", "2"]
     for title, queries, others in zip(found.titles, found.queries, found.others):
@@ -104,32 +109,35 @@ def test_queries_and_what_represents_an_article_are_apart():
         assert all(piece in cut for piece in used) and len({tuple(piece) for piece in used}) == 4
         assert all(len(piece) == 8 for piece in used[:2])
     with pytest.raises(ValueError, match="^count: expected at most 2 articles"):
-        downstream.collect(articles, lambda a: a.pieces, 3, 8, 2, 2, runtime.stream(1), least=2)
+        retrieval.collect(articles, lambda a: a.pieces, 3, 8, 2, 2, runtime.stream(1), least=2)
 
 
 def test_a_collection_of_the_docstrings(minilm):
     articles = corpora.scipy_articles()
-    cut = lambda article: downstream.passages(minilm, article, 32)  # noqa: E731
-    found = downstream.collect(articles, cut, 10, 32, 2, 2, runtime.stream(2))
+    cut = lambda article: retrieval.passages(minilm, article, 32)  # noqa: E731
+    found = retrieval.collect(articles, cut, 10, 32, 2, 2, runtime.stream(2))
     assert found.queries.shape == (10, 2, 32) and found.owner.tolist() == [a for a in range(10) for _ in range(2)]
     named = {article.title: article for article in articles}
     for title, queries, others in zip(found.titles, found.queries, found.others):
-        whole = heads.tokenize(minilm, " ".join(named[title].paragraphs))
+        whole = tokenize(minilm, " ".join(named[title].paragraphs))
         starts = []
         for piece in [*queries.numpy(), *others]:
             starts += [i for i in range(0, len(whole), 32) if np.array_equal(whole[i : i + 32], piece)]
         assert len(starts) == 4 == len(set(starts))
-    index = downstream.article_embeddings(minilm, found, batch=3)
-    for title, others, mean in zip(found.titles, found.others, index):
-        alone = torch.cat([subsampled.encode(minilm, subsampled.contexts(minilm, [p])).embedding for p in others]).mean(0)
+    index = retrieval.article_embeddings(minilm, found, batch=3)
+    for others, mean in zip(found.others, index, strict=True):
+        alone = torch.cat([subsampled.encode(minilm, subsampled.contexts(minilm, [p])).embedding for p in others]).mean(
+            0
+        )
         assert torch.allclose(mean, alone / alone.norm(), atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------- errors
 
+
 def test_what_the_heads_look_at_is_the_models_own_attention(minilm):
     batch = subsampled.contexts(minilm, ["Attention reads keys, all of them or a few.", "A shorter text."])
-    seen = downstream.context_attention(minilm, batch)
+    seen = retrieval.context_attention(minilm, batch)
     minilm.model.set_attn_implementation("eager")
     with torch.no_grad():
         own = minilm.model(batch.ids, attention_mask=batch.real.long(), output_attentions=True).attentions
@@ -147,12 +155,12 @@ def test_what_the_heads_look_at_is_the_models_own_attention(minilm):
 
 
 def test_errors_of_draws_add_up(minilm):
-    texts = ["Softmax attention over a few keys differs from attention over all of them, and by how much is the question.",
-             "A retrieval system compares a paragraph with every article and returns the one whose vector is nearest."]  # fmt: skip
+    texts = ["Softmax attention over a few keys differs from attention over all of them.",
+             "A retrieval system compares a paragraph with every article and returns the nearest one."]  # fmt: skip
     batch = subsampled.contexts(minilm, texts)
     whole = subsampled.encode(minilm, batch)
     index = torch.cat([whole.embedding, units(5, 384, seed=5).float()])
-    found = downstream.draw_errors(minilm, batch, whole, torch.tensor([0, 2]), index, 4, [1, 2, 3])
+    found = retrieval.draw_errors(minilm, batch, whole, torch.tensor([0, 2]), index, 4, [1, 2, 3])
     runs = [subsampled.encode(minilm, batch, 4, seed) for seed in (1, 2, 3)]
     errors = torch.stack([run.embedding - whole.embedding for run in runs])
     assert torch.allclose(found.square, (errors**2).sum(-1).mean(0), atol=1e-6)
@@ -167,7 +175,7 @@ def test_errors_of_draws_add_up(minilm):
     spread = ((true - true.mean(0)) ** 2).sum()
     expected = sum(((run.states[3][0, tokens] - true) ** 2).sum() / spread for run in runs) / 3
     assert found.states[0, 2].item() == pytest.approx(expected.item(), rel=1e-4)
-    every = downstream.draw_errors(minilm, batch, whole, torch.tensor([0, 1]), index, 200, [1, 2])
+    every = retrieval.draw_errors(minilm, batch, whole, torch.tensor([0, 1]), index, 200, [1, 2])
     assert every.square.max() < 1e-9 and every.agree.min() == 1 and every.states.max() < 1e-9
 
 

@@ -1,4 +1,4 @@
-"""The records of chapter 8 hold the queries, lengths and draws that it speaks of, and keep what the theorem promises."""
+"""The records of chapter 8 hold the queries, lengths and draws that it speaks of, and what the theorem promises."""
 
 import numpy as np
 
@@ -20,7 +20,9 @@ def test_no_safe_draw_changes_its_nearest_article():
     table = records.load("downstream_retrieval").table
     assert (table["safe"] <= table["agree"] + 1e-6).all() and table["safe"].max() > 0
     # A mean product of two errors, and one component of an error, are at most the whole.
-    assert (table["common"] <= table["error"] ** 2 * (1 + 1e-5)).all() and (table["along"] <= table["error"] * (1 + 1e-5)).all()
+    assert (table["common"] <= table["error"] ** 2 * (1 + 1e-5)).all() and (
+        table["along"] <= table["error"] * (1 + 1e-5)
+    ).all()
 
 
 def test_the_queries_are_those_of_the_retrieval():

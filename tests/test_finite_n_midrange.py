@@ -1,4 +1,4 @@
-"""The hardmax laws against mpmath, closed forms, simulation and each other; the outermost tokens against all of them."""
+"""The hardmax laws against mpmath, closed forms, simulation and each other; outermost tokens against all of them."""
 
 import math
 
@@ -9,9 +9,11 @@ import torch
 from scipy import stats
 from scipy.integrate import quad
 
-from tokcx_lib import extremes, finite_n, rates, runtime
-from tokcx_lib.attention import hardmax_map
-from tokcx_lib.laws import Gaussian
+from tokcx_lib import runtime
+from tokcx_lib.studies import extremes
+from tokcx_lib.theory import hardmax, rates
+from tokcx_lib.theory.attention import hardmax_map
+from tokcx_lib.theory.laws import Gaussian
 
 
 def by_mpmath(n, digits=25):
@@ -31,18 +33,18 @@ def by_mpmath(n, digits=25):
 
 @pytest.mark.parametrize("n", [1.0, 1.5, 3, 10, 1e3, 1e6, 1e12, 1e18])
 def test_midrange_against_mpmath(n):
-    assert finite_n.expected_abs_midrange(n) == pytest.approx(by_mpmath(n), abs=1e-9)
+    assert hardmax.expected_abs_midrange(n) == pytest.approx(by_mpmath(n), abs=1e-9)
 
 
 def test_midrange_closed_forms():
-    assert finite_n.expected_abs_midrange(1) == pytest.approx(math.sqrt(2 / math.pi), abs=1e-12)
+    assert hardmax.expected_abs_midrange(1) == pytest.approx(math.sqrt(2 / math.pi), abs=1e-12)
     # Two tokens: M is N(0, 1/2).
-    assert finite_n.expected_abs_midrange(2) == pytest.approx(1 / math.sqrt(math.pi), abs=1e-12)
-    assert finite_n.expected_abs_midrange(2, sigma=3.0) == pytest.approx(3 / math.sqrt(math.pi), abs=1e-12)
+    assert hardmax.expected_abs_midrange(2) == pytest.approx(1 / math.sqrt(math.pi), abs=1e-12)
+    assert hardmax.expected_abs_midrange(2, sigma=3.0) == pytest.approx(3 / math.sqrt(math.pi), abs=1e-12)
     m = np.array([[-1.0, 0.0], [0.3, 2.0]])
-    assert finite_n.midrange_cdf(2, m) == pytest.approx(stats.norm.cdf(m * math.sqrt(2)), abs=1e-9)
-    assert finite_n.midrange_cdf(1, m, sigma=2.0) == pytest.approx(stats.norm.cdf(m / 2), abs=1e-9)
-    assert finite_n.expected_abs_hardmax(1) == pytest.approx(math.sqrt(2 / math.pi), abs=1e-9)
+    assert hardmax.midrange_cdf(2, m) == pytest.approx(stats.norm.cdf(m * math.sqrt(2)), abs=1e-9)
+    assert hardmax.midrange_cdf(1, m, sigma=2.0) == pytest.approx(stats.norm.cdf(m / 2), abs=1e-9)
+    assert hardmax.expected_abs_hardmax(1) == pytest.approx(math.sqrt(2 / math.pi), abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -50,30 +52,30 @@ def test_midrange_closed_forms():
     [(10, 0.34197), (1e2, 0.23937), (1e3, 0.19398), (1e4, 0.16718), (1e6, 0.13566), (1e9, 0.11016), (1e12, 0.09507)],
 )
 def test_midrange_table(n, value):
-    assert finite_n.expected_abs_midrange(n) == pytest.approx(value, abs=1.5e-5)
+    assert hardmax.expected_abs_midrange(n) == pytest.approx(value, abs=1.5e-5)
 
 
 def test_midrange_tends_to_the_asymptote_and_falls():
     sizes = [10.0**k for k in (1, 2, 3, 6, 12, 18, 30, 100, 300)]
-    ratios = [finite_n.expected_abs_midrange(n) / rates.hardmax_mean(n) for n in sizes]
+    ratios = [hardmax.expected_abs_midrange(n) / rates.hardmax_mean(n) for n in sizes]
     assert all(a > b > 1 for a, b in zip(ratios, ratios[1:]))
     assert ratios[-1] == pytest.approx(1, abs=2e-3)
-    values = [finite_n.expected_abs_midrange(n) for n in (9e3, 9.999e3, 1e4, 1.001e4)]  # where the grid changes
+    values = [hardmax.expected_abs_midrange(n) for n in (9e3, 9.999e3, 1e4, 1.001e4)]  # where the grid changes
     assert all(a > b for a, b in zip(values, values[1:]))
 
 
 @pytest.mark.parametrize("n", [3, 40.5, 1e4, 1e12])
 def test_midrange_mean_is_that_of_its_distribution(n):
     """The two formulas of the theorem, derived in different ways, agree: E|M| = 2 int P(M <= -m) dm."""
-    mean = 2 * quad(lambda m: float(finite_n.midrange_cdf(n, -m)), 0, 6, points=[0.1, 0.5], epsabs=1e-9, limit=100)[0]
-    assert mean == pytest.approx(finite_n.expected_abs_midrange(n), abs=1e-7)
+    mean = 2 * quad(lambda m: float(hardmax.midrange_cdf(n, -m)), 0, 6, points=[0.1, 0.5], epsabs=1e-9, limit=100)[0]
+    assert mean == pytest.approx(hardmax.expected_abs_midrange(n), abs=1e-7)
 
 
 @pytest.mark.parametrize("n", [2, 5, 300, 10**12])
 def test_midrange_distribution_against_simulation(n):
     middle = extremes.sample_extremes(n, 50_000, 3).mean(1).numpy()
     grid = np.linspace(-2, 2, 161)  # the distribution is smooth: a table of it serves the test
-    table = finite_n.midrange_cdf(n, grid)
+    table = hardmax.midrange_cdf(n, grid)
     assert (np.diff(table) >= 0).all()
     inside = np.abs(middle) < 2
     assert inside.mean() > 0.99
@@ -89,12 +91,14 @@ def self_attention(tokens):
 @pytest.mark.parametrize("n, replicates", [(2, 200_000), (10, 200_000), (100, 50_000), (5000, 2000)])
 def test_self_attention_against_simulation(n, replicates):
     stream = runtime.stream(1, n)
-    found = torch.cat([
-        self_attention(torch.randn(block, n, dtype=torch.float64, generator=stream)).abs()
-        for block in [max(1, 10**6 // n)] * math.ceil(replicates / max(1, 10**6 // n))
-    ])
+    found = torch.cat(
+        [
+            self_attention(torch.randn(block, n, dtype=torch.float64, generator=stream)).abs()
+            for block in [max(1, 10**6 // n)] * math.ceil(replicates / max(1, 10**6 // n))
+        ]
+    )
     error = found.std() / len(found) ** 0.5
-    assert abs(found.mean() - finite_n.expected_abs_hardmax(n)) < 4 * error
+    assert abs(found.mean() - hardmax.expected_abs_hardmax(n)) < 4 * error
 
 
 def test_self_attention_is_what_the_hardmax_map_gives():
@@ -103,34 +107,37 @@ def test_self_attention_is_what_the_hardmax_map_gives():
 
 
 def test_self_attention_sum_and_quadrature_agree(monkeypatch):
-    exact = [finite_n.expected_abs_hardmax(n) for n in (1200, 2000)]
-    monkeypatch.setattr(finite_n, "_SUM_ALL", 1000)
-    assert [finite_n.expected_abs_hardmax(n) for n in (1200, 2000)] == pytest.approx(exact, abs=1e-6)
+    exact = [hardmax.expected_abs_hardmax(n) for n in (1200, 2000)]
+    monkeypatch.setattr(hardmax, "_SUM_ALL", 1000)
+    assert [hardmax.expected_abs_hardmax(n) for n in (1200, 2000)] == pytest.approx(exact, abs=1e-6)
 
 
 def test_self_attention_joins_fresh_queries():
     for n in (10**6, 10**12, 10**18):
-        gap = finite_n.expected_abs_hardmax(n) / finite_n.expected_abs_midrange(n) - 1
+        gap = hardmax.expected_abs_hardmax(n) / hardmax.expected_abs_midrange(n) - 1
         assert -1e-12 < gap < 20 * math.log(n) ** 2 / n
-    assert finite_n.expected_abs_hardmax(50, sigma=2.0) == pytest.approx(2 * finite_n.expected_abs_hardmax(50))
+    assert hardmax.expected_abs_hardmax(50, sigma=2.0) == pytest.approx(2 * hardmax.expected_abs_hardmax(50))
 
 
 # ------------------------------------------------- any dimension, fresh queries
 
+
 @pytest.mark.parametrize("dim", [1, 2, 3, 8])
 def test_square_closed_forms(dim):
     """One token is its own mean; two tokens report their midpoint."""
-    assert finite_n.expected_square_hardmax(1, dim) == pytest.approx(dim, rel=1e-4)
-    assert finite_n.expected_square_hardmax(2, dim) == pytest.approx(dim / 2, rel=1e-4)
+    assert hardmax.expected_square_hardmax(1, dim) == pytest.approx(dim, rel=1e-4)
+    assert hardmax.expected_square_hardmax(2, dim) == pytest.approx(dim / 2, rel=1e-4)
 
 
 @pytest.mark.parametrize("n", [3, 10, 1e3, 1e6, 1e12, 1e30])
 def test_square_in_one_dimension_is_that_of_the_midrange(n):
-    square = 4 * quad(lambda m: m * float(finite_n.midrange_cdf(n, -m)), 0, 6, points=[0.1, 0.5], limit=100)[0]
-    assert finite_n.expected_square_hardmax(n, 1) == pytest.approx(square, rel=1e-4)
+    square = 4 * quad(lambda m: m * float(hardmax.midrange_cdf(n, -m)), 0, 6, points=[0.1, 0.5], limit=100)[0]
+    assert hardmax.expected_square_hardmax(n, 1) == pytest.approx(square, rel=1e-4)
 
 
-@pytest.mark.parametrize("n, dim, replicates", [(3, 2, 4000), (50, 2, 2000), (10**6, 2, 1000), (4, 8, 2000), (300, 8, 400)])
+@pytest.mark.parametrize(
+    "n, dim, replicates", [(3, 2, 4000), (50, 2, 2000), (10**6, 2, 1000), (4, 8, 2000), (300, 8, 400)]
+)
 def test_square_against_simulation(n, dim, replicates):
     stream, drawn = runtime.stream(15, n, dim), []
     for _ in range(replicates):
@@ -141,19 +148,20 @@ def test_square_against_simulation(n, dim, replicates):
             drawn.append(extremes.steiner_estimate(tokens, 32, stream) @ extremes.steiner_estimate(tokens, 32, stream))
     drawn = torch.stack(drawn)
     error = drawn.std() / replicates**0.5
-    assert abs(drawn.mean() - finite_n.expected_square_hardmax(n, dim)) < 4 * error
+    assert abs(drawn.mean() - hardmax.expected_square_hardmax(n, dim)) < 4 * error
 
 
 def test_square_has_its_power_of_log_n():
     """The mean square falls like (2 ln n)^{-(d + 1) / 2}; in one dimension with the constant pi^2 / 12."""
     for dim in (1, 2, 3):
-        first, last = (finite_n.expected_square_hardmax(n, dim) for n in (1e100, 1e300))
+        first, last = (hardmax.expected_square_hardmax(n, dim) for n in (1e100, 1e300))
         assert math.log(first / last) / math.log(3) == pytest.approx((dim + 1) / 2, abs=0.02)
     assert last > 0
-    assert finite_n.expected_square_hardmax(1e300, 1) * 2 * math.log(1e300) == pytest.approx(math.pi**2 / 12, rel=5e-3)
+    assert hardmax.expected_square_hardmax(1e300, 1) * 2 * math.log(1e300) == pytest.approx(math.pi**2 / 12, rel=5e-3)
 
 
 # ------------------------------------------------------------- extremes
+
 
 @pytest.mark.parametrize("n", [2, 3, 50])
 def test_extremes_have_the_law_of_all_tokens(n):
@@ -224,18 +232,18 @@ def test_steiner_estimate_is_unbiased():
 @pytest.mark.parametrize(
     "make, names",
     [
-        (lambda: finite_n.expected_abs_midrange(0.5), "n"),
-        (lambda: finite_n.expected_abs_midrange(float("nan")), "n"),
-        (lambda: finite_n.expected_abs_midrange(math.inf), "n"),
-        (lambda: finite_n.expected_abs_midrange(10, sigma=0), "sigma"),
-        (lambda: finite_n.expected_abs_midrange(10, sigma=-1), "sigma"),
-        (lambda: finite_n.midrange_cdf(0, 0.0), "n"),
-        (lambda: finite_n.midrange_cdf(5, float("nan")), "m"),
-        (lambda: finite_n.expected_abs_hardmax(2.5), "n"),
-        (lambda: finite_n.expected_abs_hardmax(0), "n"),
-        (lambda: finite_n.expected_abs_hardmax(5, sigma=math.inf), "sigma"),
-        (lambda: finite_n.expected_square_hardmax(0, 2), "n"),
-        (lambda: finite_n.expected_square_hardmax(5, 0), "dim"),
+        (lambda: hardmax.expected_abs_midrange(0.5), "n"),
+        (lambda: hardmax.expected_abs_midrange(float("nan")), "n"),
+        (lambda: hardmax.expected_abs_midrange(math.inf), "n"),
+        (lambda: hardmax.expected_abs_midrange(10, sigma=0), "sigma"),
+        (lambda: hardmax.expected_abs_midrange(10, sigma=-1), "sigma"),
+        (lambda: hardmax.midrange_cdf(0, 0.0), "n"),
+        (lambda: hardmax.midrange_cdf(5, float("nan")), "m"),
+        (lambda: hardmax.expected_abs_hardmax(2.5), "n"),
+        (lambda: hardmax.expected_abs_hardmax(0), "n"),
+        (lambda: hardmax.expected_abs_hardmax(5, sigma=math.inf), "sigma"),
+        (lambda: hardmax.expected_square_hardmax(0, 2), "n"),
+        (lambda: hardmax.expected_square_hardmax(5, 0), "dim"),
         (lambda: extremes.sample_extremes(1, 5), "n"),
         (lambda: extremes.sample_extremes(5, 0), "replicates"),
         (lambda: extremes.outer_tokens(5, 2, 6), "n"),

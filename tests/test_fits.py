@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from tokcx_lib import fits, records, runtime
-from tokcx_lib.experiments import coverage
+from tokcx_lib import records, runtime
+from tokcx_lib.sampling import fits
+from tokcx_lib.studies import coverage
 
 LENGTHS = [20, 29, 41, 58, 83, 118, 169, 241, 344, 491, 701, 1000]
 SWEEPS = 300
@@ -181,8 +182,10 @@ def test_one_row_a_group():
     for row in found.itertuples():
         slope = fits.fit_slope(tables[row.kind], "error", resamples=99, seed=3)
         assert row[3:-1] == tuple(slope) and row.straight == slope.straight
-    assert fits.fit_slopes(table, "error", "kind", resamples=99, seed=3).drop(columns="kind").equals(
-        found.drop(columns=["kind", "scale"])
+    assert (
+        fits.fit_slopes(table, "error", "kind", resamples=99, seed=3)
+        .drop(columns="kind")
+        .equals(found.drop(columns=["kind", "scale"]))
     )
 
 

@@ -16,6 +16,7 @@ def test_chapter_is_fresh(path):
 
 # ------------------------------------------------------ the check itself
 
+
 def problems(root):
     return notebooks.check_chapter(root / "chapters" / "01_small.md", root)
 
@@ -128,7 +129,9 @@ def test_stored_stderr(small_book, stored):
     assert any("stderr: careful" in problem for problem in problems(small_book))
 
 
-@pytest.mark.parametrize(("line", "what"), [("    alt: A dot.\n", "alt text"), ("    caption: One dot.\n", "a caption")])
+@pytest.mark.parametrize(
+    ("line", "what"), [("    alt: A dot.\n", "alt text"), ("    caption: One dot.\n", "a caption")]
+)
 def test_figure_without_words(small_book, line, what):
     source = small_book / "chapters" / "01_small.md"
     edit(source, line, line.replace(": ", ': "" # ', 1))

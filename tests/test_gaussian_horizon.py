@@ -1,4 +1,4 @@
-"""Chapter 5: the sweep against an independent plain implementation, first-order constants, whitening, the experiments."""
+"""Chapter 5: the sweep against a plain implementation, first-order constants, whitening, the experiments."""
 
 import math
 
@@ -9,9 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokcx_lib import fits, geometry, laws, peer, rates, runtime, sweeps
-from tokcx_lib.experiments import EXPERIMENTS
-from tokcx_lib.experiments.gaussian import reach_cases, value_matrices
+from tokcx_lib import runtime
+from tokcx_lib.bench import peer
+from tokcx_lib.sampling import fits, forms, sweeps
+from tokcx_lib.studies.gaussian import reach_cases, value_matrices
+from tokcx_lib.studies.registry import EXPERIMENTS
+from tokcx_lib.theory import geometry, laws, rates
 
 NAMES = ["gaussian_spectra", "gaussian_dimensions", "gaussian_reach", "gaussian_values"]
 
@@ -29,7 +32,7 @@ def plain_errors(tokens, A, V, variance):
 def test_the_sweep_agrees_with_a_plain_implementation():
     d, variance, seed, lengths, scales = 50, 0.1, 5_050, [200, 500, 1000], [1.0, 14.0, 50.0]
     law = laws.Gaussian(variance * torch.eye(d, dtype=torch.float64))
-    A, V = sweeps.random_head(d, seed)
+    A, V = forms.random_head(d, seed)
     found = sweeps.horizon_sweep(law, A, V, scales, lengths, [0, 1, 2, 3, 4, 5], seed, dtype=torch.float32)
     rows = []
     for scale in scales:
@@ -48,7 +51,7 @@ def test_the_sweep_agrees_with_a_plain_implementation():
 
 
 def test_the_plain_algorithm_of_the_comparison_is_the_definition():
-    A, V = sweeps.random_head(7, 3)
+    A, V = forms.random_head(7, 3)
     tokens = laws.Gaussian(torch.eye(7)).sample(300, 4).float()
     mean, cov = peer.plain_moments(tokens, A, V)
     C = V @ A @ A.mT @ V.mT
@@ -111,18 +114,18 @@ def test_constants_reject_bad_input():
 
 def test_power_law_form_has_the_spectrum_asked_for():
     for decay in (0.0, 0.5, 1.0, math.inf):
-        found = torch.linalg.svdvals(sweeps.power_law_form(6, 1, decay))
+        found = torch.linalg.svdvals(forms.power_law_form(6, 1, decay))
         expected = torch.arange(1, 7, dtype=torch.float64) ** -decay
         assert torch.allclose(found, expected, atol=1e-12)
     with pytest.raises(ValueError, match="decay"):
-        sweeps.power_law_form(3, decay=-1.0)
+        forms.power_law_form(3, decay=-1.0)
 
 
 def test_random_head_has_entries_of_the_right_size():
-    A, V = sweeps.random_head(200, 1)
+    A, V = forms.random_head(200, 1)
     assert V.std().item() * math.sqrt(200) == pytest.approx(1, abs=0.02)
     assert torch.linalg.matrix_norm(A).item() == pytest.approx(1, abs=0.05)  # E||W_K'W_Q||_F^2 = d
-    assert torch.equal(A, sweeps.random_head(200, 1)[0]) and not torch.equal(A, sweeps.random_head(200, 2)[0])
+    assert torch.equal(A, forms.random_head(200, 1)[0]) and not torch.equal(A, forms.random_head(200, 2)[0])
 
 
 def test_reach_and_one_sided_horizon_vary_at_equal_coupling():
@@ -139,7 +142,7 @@ def test_reach_and_one_sided_horizon_vary_at_equal_coupling():
 def test_value_matrices_split_the_leading_direction():
     values = value_matrices(6, 2)
     assert torch.allclose(values["along"] + values["across"], values["identity"])
-    form = sweeps.power_law_form(6, 2)
+    form = forms.power_law_form(6, 2)
     assert torch.linalg.matrix_norm(values["along"] @ form, 2).item() == pytest.approx(1)
     assert torch.linalg.matrix_norm(values["across"] @ form, 2).item() == pytest.approx(1 / 2)
 
@@ -162,7 +165,7 @@ def test_values_by_linearity_are_the_sweep():
     config = {**experiment.config("quick"), "lengths": [50, 100], "horizons": [1.0], "dim": 6}
     table = experiment.plan(config, torch.device("cpu")).work(3).table
     law = laws.Gaussian(torch.eye(6, dtype=torch.float64))
-    form = sweeps.power_law_form(6, config["seed"])
+    form = forms.power_law_form(6, config["seed"])
     for name, V in value_matrices(6, config["seed"]).items():
         expected = sweeps.moment_sweep(law, form, V, [50, 100], [3], config["seed"], dtype=torch.float32)
         found = table[table["values"] == name]

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokcx_lib import geometry, laws
-from tokcx_lib.attention import attention_map, hardmax_map
+from tokcx_lib.theory import geometry, laws
+from tokcx_lib.theory.attention import attention_map, hardmax_map
 
 SEEDS = st.integers(0, 2**32 - 1)
 

@@ -6,7 +6,12 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel, T5Config, T5EncoderModel
 
-from tokcx_lib import cli, corpora, fits, geometry, heads, laws, probe, runtime
+from tokcx_lib import cli, runtime
+from tokcx_lib.models import corpora, heads, loading
+from tokcx_lib.models.tokens import collect_tokens, layer_streams, token_moments, token_stream, tokenize
+from tokcx_lib.probe import measure
+from tokcx_lib.sampling import fits
+from tokcx_lib.theory import geometry, laws
 
 SIZES = dict(
     vocab_size=120, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=16,
@@ -46,25 +51,25 @@ def test_attention_rebuilt_from_A_and_shift_is_the_models_own(kind, implementati
 
 @pytest.fixture(scope="module")
 def minilm():
-    return heads.load_model("minilm")
+    return loading.load_model("minilm")
 
 
 def test_the_embedded_model_is_the_published_one(minilm):
-    assert minilm.sha256 == heads.EMBEDDED_SHA256["model.safetensors"]
+    assert minilm.sha256 == loading.EMBEDDED_SHA256["model.safetensors"]
     assert len(heads.heads(minilm)) == 72
     assert heads.heads(minilm)[13].layer == 1 and heads.heads(minilm)[13].head == 1
 
 
 def test_a_changed_weight_file_is_refused(monkeypatch):
-    monkeypatch.setitem(heads.EMBEDDED_SHA256, "model.safetensors", "0" * 64)
+    monkeypatch.setitem(loading.EMBEDDED_SHA256, "model.safetensors", "0" * 64)
     with pytest.raises(ValueError, match="sha256"):
-        heads.load_model("minilm")
+        loading.load_model("minilm")
 
 
 def test_tokens_are_the_hidden_states_without_special_tokens(minilm):
-    ids = heads.tokenize(minilm, "Attention over a law. " * 30)
+    ids = tokenize(minilm, "Attention over a law. " * 30)
     assert ids.tolist() == minilm.tokenizer("Attention over a law. " * 30, add_special_tokens=False)["input_ids"]
-    streams = [torch.cat(parts) for parts in zip(*heads.layer_streams(minilm, ids, [0, 3], context=32, batch=2))]
+    streams = [torch.cat(parts) for parts in zip(*layer_streams(minilm, ids, [0, 3], context=32, batch=2))]
     assert all(stream.shape == (len(ids), 384) for stream in streams)
     width = 30
     for start in (0, width, len(ids) // width * width):
@@ -74,7 +79,7 @@ def test_tokens_are_the_hidden_states_without_special_tokens(minilm):
             hidden = minilm.model(window, output_hidden_states=True).hidden_states
         for stream, layer in zip(streams, (0, 3)):
             assert torch.allclose(stream[start : start + len(part)], hidden[layer][0, 1:-1], atol=1e-5)
-    one = torch.cat(list(heads.token_stream(minilm, "Attention over a law. " * 30, 3, context=32)))
+    one = torch.cat(list(token_stream(minilm, "Attention over a law. " * 30, 3, context=32)))
     assert torch.allclose(one, streams[1], atol=1e-5)
 
 
@@ -82,7 +87,7 @@ def test_the_forward_pass_stops_at_the_layer_asked_for(minilm):
     ran = []
     layers = minilm.model.encoder.layer
     hooks = [module.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, module in enumerate(layers)]
-    list(heads.token_stream(minilm, np.arange(1000, 1020), 2))
+    list(token_stream(minilm, np.arange(1000, 1020), 2))
     for hook in hooks:
         hook.remove()
     assert ran == [0, 1]
@@ -91,10 +96,10 @@ def test_the_forward_pass_stops_at_the_layer_asked_for(minilm):
 def test_a_model_from_a_folder(tmp_path, minilm):
     small("bert").save_pretrained(tmp_path)
     minilm.tokenizer.save_pretrained(tmp_path)
-    loaded = heads.load_model(str(tmp_path))
+    loaded = loading.load_model(str(tmp_path))
     assert len(heads.heads(loaded)) == 6 and loaded.sha256
     ids = np.arange(5, 45)
-    assert torch.cat(list(heads.token_stream(loaded, ids, 1, context=40))).shape == (40, 24)
+    assert torch.cat(list(token_stream(loaded, ids, 1, context=40))).shape == (40, 24)
 
 
 def test_weights_that_are_not_safetensors_are_refused(tmp_path, minilm):
@@ -103,7 +108,7 @@ def test_weights_that_are_not_safetensors_are_refused(tmp_path, minilm):
     minilm.tokenizer.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="safetensors"):
-        heads.load_model(str(tmp_path))
+        loading.load_model(str(tmp_path))
 
 
 def test_unsupported_architectures_are_named():
@@ -115,14 +120,14 @@ def test_unsupported_architectures_are_named():
 @pytest.mark.parametrize(
     "call, names",
     [
-        (lambda m: heads.layer_streams(m, np.arange(9), [6]), "layer"),
-        (lambda m: heads.layer_streams(m, np.arange(9), [0], context=600), "context"),
-        (lambda m: heads.layer_streams(m, "", [0]), "text"),
-        (lambda m: heads.tokenize(m, 3), "text"),
-        (lambda m: probe.collect_tokens(m, np.arange(9), [0], tokens=10), "text"),
-        (lambda m: probe.probe(m, np.arange(9), tokens=1), "tokens"),
-        (lambda m: heads.load_model("no/such-model"), "model"),
-        (lambda m: heads.load_model(device="cuda:99"), "device"),
+        (lambda m: layer_streams(m, np.arange(9), [6]), "layer"),
+        (lambda m: layer_streams(m, np.arange(9), [0], context=600), "context"),
+        (lambda m: layer_streams(m, "", [0]), "text"),
+        (lambda m: tokenize(m, 3), "text"),
+        (lambda m: collect_tokens(m, np.arange(9), [0], tokens=10), "text"),
+        (lambda m: measure.probe(m, np.arange(9), tokens=1), "tokens"),
+        (lambda m: loading.load_model("no/such-model"), "model"),
+        (lambda m: loading.load_model(device="cuda:99"), "device"),
     ],
 )
 def test_bad_input_is_named(call, names, minilm, monkeypatch):
@@ -132,15 +137,15 @@ def test_bad_input_is_named(call, names, minilm, monkeypatch):
 
 def test_head_geometry_is_that_of_the_logits(minilm):
     """Loads of tokens off centre, with the query bias, are the standard deviations of the head's own logits."""
-    ids = heads.tokenize(minilm, corpora.open_corpus("scipy-docs").text)[:5000]
-    (x,) = probe.collect_tokens(minilm, ids, [0])
-    mean, cov = probe.token_moments(x)
+    ids = tokenize(minilm, corpora.open_corpus("scipy-docs").text)[:5000]
+    (x,) = collect_tokens(minilm, ids, [0])
+    mean, cov = token_moments(x)
     assert torch.allclose(mean, x.double().mean(0)) and torch.allclose(cov, torch.cov(x.double().mT, correction=0))
     for head in heads.heads(minilm)[:12:5]:
         q, k, _ = head.project(x.double())
         spread = (q[:50] @ k.mT).std(-1, correction=0)
         assert torch.allclose(geometry.load(x[:50].double(), head.A, cov, head.shift), spread, rtol=1e-6)
-        found = probe.head_geometry(head, x[:50], cov)
+        found = heads.head_geometry(head, x[:50], cov)
         assert found["reach"] == pytest.approx(geometry.reach(cov))
         assert found["horizon"] == pytest.approx(geometry.horizon(head.A, cov))
         assert found["coupling"] == pytest.approx(geometry.coupling(head.A, cov))
@@ -152,9 +157,11 @@ def test_head_geometry_is_that_of_the_logits(minilm):
 
 
 def test_a_layer_probed_alone_has_the_same_numbers(minilm):
-    ids = heads.tokenize(minilm, corpora.open_corpus("scipy-docs").text)[:3000]
-    both = probe.probe(minilm, ids, [3, 5], tokens=1500, queries=64, seed=1)
-    alone = pd.concat([probe.probe(minilm, ids, [k], tokens=1500, queries=64, seed=1) for k in (3, 5)], ignore_index=True)
+    ids = tokenize(minilm, corpora.open_corpus("scipy-docs").text)[:3000]
+    both = measure.probe(minilm, ids, [3, 5], tokens=1500, queries=64, seed=1)
+    alone = pd.concat(
+        [measure.probe(minilm, ids, [k], tokens=1500, queries=64, seed=1) for k in (3, 5)], ignore_index=True
+    )
     pd.testing.assert_frame_equal(both, alone)
 
 
@@ -204,9 +211,9 @@ def test_version_and_layers(capsys):
 
 
 def test_special_tokens_on_request(minilm):
-    ids = heads.tokenize(minilm, "Attention over a law. " * 30)[:90]
-    kept = torch.cat([x for (x,) in heads.layer_streams(minilm, ids, [2], context=32, special=True)])
-    without = torch.cat(list(heads.token_stream(minilm, ids, 2, context=32)))
+    ids = tokenize(minilm, "Attention over a law. " * 30)[:90]
+    kept = torch.cat([x for (x,) in layer_streams(minilm, ids, [2], context=32, special=True)])
+    without = torch.cat(list(token_stream(minilm, ids, 2, context=32)))
     assert kept.shape == (3 * 32, 384)
     windows = kept.reshape(3, 32, 384)
     assert torch.equal(windows[:, 1:-1].reshape(-1, 384), without)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import quad
 
-from tokcx_lib import laws
+from tokcx_lib.theory import laws
 
 DIMS = st.integers(1, 5)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -89,7 +89,9 @@ def test_one_dimensional_densities_against_quadrature(t):
     def tilted(density, low, high):
         peak = max(t * low, t * high)
         moments = [
-            quad(lambda y: y**k * np.exp(t * y - peak) * density(y), low, high, epsabs=1e-12, epsrel=1e-11, limit=200)[0]
+            quad(lambda y: y**k * np.exp(t * y - peak) * density(y), low, high, epsabs=1e-12, epsrel=1e-11, limit=200)[
+                0
+            ]
             for k in range(3)
         ]
         mean = moments[1] / moments[0]

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import quad
 
-from tokcx_lib import laws, limits, sweeps
-from tokcx_lib.sweeps import random_head
-from tokcx_lib.streaming import self_attention_moments
+from tokcx_lib.sampling import sweeps
+from tokcx_lib.sampling.forms import random_head
+from tokcx_lib.sampling.streaming import self_attention_moments
+from tokcx_lib.theory import laws, limits
 
 KINDS = {"sphere": laws.UniformSphere, "ball": laws.UniformBall, "cube": laws.Uniform, "signs": laws.Rademacher}
 

@@ -20,7 +20,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.test_architectures import letter_tokenizer, small
-from tokcx_lib import architectures, heads, loading, probe, records, report
+from tokcx_lib import records
+from tokcx_lib.models import architectures, heads, loading
+from tokcx_lib.models.tokens import collect_tokens, layer_streams, tokenize
+from tokcx_lib.probe import measure, report
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 QUERY = "encoder.layer.1.attention.self.query.weight"
@@ -402,7 +405,7 @@ def test_a_broken_folder_is_refused_in_one_line(fault, copy, capfd):
     folder = copy(case)
     spoil(folder)
     with pytest.raises(ValueError) as refused:
-        heads.load_model(str(folder), device="cpu")
+        loading.load_model(str(folder), device="cpu")
     line = str(refused.value)
     assert line.startswith("model: expected ") and " got " in line
     assert "\n" not in line and len(line) < 500
@@ -449,22 +452,22 @@ def test_a_sound_folder_gives_the_heads_of_the_whole(kind, healthy, copy):
     case, change = SOUND[kind]
     folder = copy(case)
     change(folder)
-    found = heads.load_model(str(folder))
+    found = loading.load_model(str(folder))
     assert len(heads.heads(found)) == 2 * found.model.config.num_attention_heads
     if "task head" not in kind:  # that one is another random model
-        pairs = zip(heads.heads(found), heads.heads(heads.load_model(str(healthy(case)))), strict=True)
+        pairs = zip(heads.heads(found), heads.heads(loading.load_model(str(healthy(case)))), strict=True)
         assert all(torch.equal(a.A, b.A) and torch.equal(a.V, b.V) for a, b in pairs)
 
 
 def test_the_checksum_of_shards_is_of_all_of_them(copy):
     folder = copy("bert")
     in_shards(lambda folder, index: None)(folder)
-    before = heads.load_model(str(folder)).sha256
-    assert before and before == heads.load_model(str(folder)).sha256
+    before = loading.load_model(str(folder)).sha256
+    assert before and before == loading.load_model(str(folder)).sha256
     for shard in sorted(folder.glob("*.safetensors")):
         old = shard.read_bytes()
         shard.write_bytes(old[:-4] + struct.pack("<f", 0.125))
-        assert heads.load_model(str(folder)).sha256 != before
+        assert loading.load_model(str(folder)).sha256 != before
         shard.write_bytes(old)
 
 
@@ -490,10 +493,10 @@ def test_no_code_of_a_folder_is_run(known, copy, tmp_path):
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": AUTO_MAP}))
     if known:
-        assert len(heads.heads(heads.load_model(str(folder)))) == 6
+        assert len(heads.heads(loading.load_model(str(folder)))) == 6
     else:
         with pytest.raises(ValueError, match="^model: expected one of bert, .*custom code"):
-            heads.load_model(str(folder))
+            loading.load_model(str(folder))
     assert not mark.exists()
 
 
@@ -504,7 +507,7 @@ def test_no_pickle_is_read(name, copy, tmp_path):
     (folder / name).write_bytes(pickle.dumps(Opened(mark)))
     config(transformers_weights=name if name.startswith("adapter") else None)(folder)
     with pytest.raises(ValueError, match="^model: expected "):
-        heads.load_model(str(folder))
+        loading.load_model(str(folder))
     assert not mark.exists()
     pickle.loads((folder / name).read_bytes())
     assert mark.exists()
@@ -514,7 +517,9 @@ class Panic(BaseException):
     """As Rust code raises it."""
 
 
-@pytest.mark.parametrize("raised", [Panic("at\nonce \x1b[31m"), MemoryError(), RecursionError("deep"), ImportError("no peft")])
+@pytest.mark.parametrize(
+    "raised", [Panic("at\nonce \x1b[31m"), MemoryError(), RecursionError("deep"), ImportError("no peft")]
+)
 def test_whatever_is_raised_becomes_one_line(raised, capfd):
     with pytest.raises(ValueError) as refused:
         with loading.reading("a whole", "folder"):
@@ -537,7 +542,7 @@ def test_the_wish_to_stop_passes(wish):
 def test_what_is_no_model_is_refused_in_one_line(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="^model: expected [^\n]*, got [^\n]*$"):
-        heads.load_model(name)
+        loading.load_model(name)
 
 
 def test_attention_without_a_scale_is_refused():
@@ -553,28 +558,28 @@ def test_attention_without_a_scale_is_refused():
 
 @pytest.fixture(scope="module")
 def bert(healthy):
-    return heads.load_model(str(healthy("bert")))
+    return loading.load_model(str(healthy("bert")))
 
 
 @pytest.mark.parametrize("ids, said", [([5, 60], "5 to 60"), ([-1, 5], "-1 to 5"), ([5.5, 6.0], "float64")])
 def test_ids_beyond_the_table_are_refused(ids, said, bert):
     with pytest.raises(ValueError, match=rf"^text: expected token ids from 0 to 59, got .*{said}"):
-        heads.layer_streams(bert, np.array(ids), [0], context=40)
+        layer_streams(bert, np.array(ids), [0], context=40)
 
 
 def test_a_text_that_is_mostly_unknown_is_refused(bert):
     text = "the law of a token " * 20  # 380 letters
     known = text + "\u4e00" * 14  # three bytes each, and no byte of it known: a tenth and no more
-    assert np.mean(heads.tokenize(bert, known) == 0) < 0.1
-    probe.probe(bert, known, [0], 380, 16, context=40)
+    assert np.mean(tokenize(bert, known) == 0) < 0.1
+    measure.probe(bert, known, [0], 380, 16, context=40)
     unknown = text + "\u4e00" * 20
-    share = np.mean(heads.tokenize(bert, unknown) == 0)
+    share = np.mean(tokenize(bert, unknown) == 0)
     assert 0.1 < share < 0.2
     message = rf"^text: expected at most 10% of its tokens unknown to .*, got {share:.1%} of 440"
     for call in (
-        lambda: probe.probe(bert, unknown, [0], 440, 16, context=40),
-        lambda: probe.collect_tokens(bert, unknown, [0], 440),
-        lambda: heads.layer_streams(bert, unknown, [0], 40),
+        lambda: measure.probe(bert, unknown, [0], 440, 16, context=40),
+        lambda: collect_tokens(bert, unknown, [0], 440),
+        lambda: layer_streams(bert, unknown, [0], 40),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -596,17 +601,19 @@ def test_a_window_is_the_models_own():
 
 
 def test_no_more_keys_are_reported_than_a_window_has(healthy, tmp_path):
-    model = heads.load_model(str(healthy("qwen2 with a window")))
+    model = loading.load_model(str(healthy("qwen2 with a window")))
     text = "the law of a token is read off the text that holds its window of keys " * 40
-    table = probe.probe(model, text, None, 1200, 32, context=40)
+    table = measure.probe(model, text, None, 1200, 32, context=40)
     whole, sliding = table[table["layer"] == 0], table[table["layer"] == 1]
     assert whole["window"].isna().all() and (sliding["window"] == 6).all()
     assert whole[["effective_6", "effective_1000", "effective_1200"]].notna().all().all()
-    assert sliding["effective_6"].between(1, 6).all() and sliding[["effective_1000", "effective_1200"]].isna().all().all()
-    assert sliding["phase"].tolist() == [probe.phase(load, 6) for load in sliding["load_median"]]
-    assert whole["phase"].tolist() == [probe.phase(load, 1200) for load in whole["load_median"]]
+    assert (
+        sliding["effective_6"].between(1, 6).all() and sliding[["effective_1000", "effective_1200"]].isna().all().all()
+    )
+    assert sliding["phase"].tolist() == [measure.phase(load, 6) for load in sliding["load_median"]]
+    assert whole["phase"].tolist() == [measure.phase(load, 1200) for load in whole["load_median"]]
     # Where the window holds all tokens it changes nothing.
-    short = probe.probe(model, text, [1], 6, 4, context=40)
+    short = measure.probe(model, text, [1], 6, 4, context=40)
     assert short["effective_6"].notna().all()
 
     meta = {"tokens": 1200, "queries": 32, "seed": 0, "context": 40, "model": "m", "model_sha256": None}

@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from tokcx_lib import finite_n, moment_bias, records, runtime
+from tokcx_lib import records, runtime
 from tokcx_lib.cli import main
-from tokcx_lib.experiments import exact
-from tokcx_lib.sweeps import random_head
-from tokcx_lib.softmax_law import softmax_moments
-from tokcx_lib.streaming import self_attention_moments
+from tokcx_lib.sampling.forms import random_head
+from tokcx_lib.sampling.streaming import self_attention_moments
+from tokcx_lib.studies import exact
+from tokcx_lib.theory import budgets, moment_bias
+from tokcx_lib.theory.softmax_law import softmax_moments
 
 
 def head(dim, horizon, seed=1):
@@ -23,6 +24,7 @@ def head(dim, horizon, seed=1):
 
 
 # ------------------------------------------------- the law of the load
+
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.floats(0, 5), min_size=1, max_size=60), st.floats(0.01, 3))
@@ -40,8 +42,10 @@ def test_load_law_of_equal_singular_values_is_chi():
     for dim in (1, 2, 50):
         loads, weights, _ = moment_bias.load_law(np.ones(dim), 1e30)
         for power in (-0.5, 1, 7):
-            assert weights @ loads**power == pytest.approx(stats.chi(dim).moment(power) if power > 0 else float(
-                stats.chi(dim).expect(lambda s: s**power)), rel=1e-7)
+            assert weights @ loads**power == pytest.approx(
+                stats.chi(dim).moment(power) if power > 0 else float(stats.chi(dim).expect(lambda s: s**power)),
+                rel=1e-7,
+            )
     loads, weights, _ = moment_bias.load_law([1.0], 1e100)  # far tails keep their relative accuracy
     assert weights @ (loads > 12.0) == pytest.approx(2 * stats.norm.sf(12.0), rel=0.5)
 
@@ -55,23 +59,26 @@ def test_load_law_does_not_depend_on_rounding_of_the_largest():
 
 # ------------------------------------------------- the second moment
 
+
 def test_one_dimension_by_direct_integration():
     for n, H in ((2, 0.5), (250, 1.5), (1e9, 2.0)):
         x = np.arange(0, 10, 0.08)
         density = 0.08 * np.sqrt(2 / np.pi) * np.exp(-(x**2) / 2)
         density[0] /= 2
         direct = density @ (softmax_moments(n, H * x).second_moment - (H * x) ** 2)
-        assert finite_n.second_moment_bias(n, [[H]]).item() == pytest.approx(direct, rel=1e-6)
+        assert moment_bias.second_moment_bias(n, [[H]]).item() == pytest.approx(direct, rel=1e-6)
 
 
 def test_one_and_no_information():
     B, V = head(4, 1.3)
     # One token is reported as it is: second moment V V'.
-    assert torch.allclose(finite_n.second_moment_bias(1, B, V), V @ V.mT - V @ B @ B.mT @ V.mT, atol=1e-10)
-    assert torch.allclose(finite_n.second_moment_bias(10, 0 * B, V), V @ V.mT / 10)
+    assert torch.allclose(moment_bias.second_moment_bias(1, B, V), V @ V.mT - V @ B @ B.mT @ V.mT, atol=1e-10)
+    assert torch.allclose(moment_bias.second_moment_bias(10, 0 * B, V), V @ V.mT / 10)
     turned = torch.linalg.qr(torch.randn(4, 4, generator=runtime.stream(1), dtype=torch.float64)).Q
-    bias = finite_n.second_moment_bias(50, B)
-    assert torch.allclose(finite_n.second_moment_bias(50, turned @ B @ turned.mT), turned @ bias @ turned.mT, atol=1e-10)
+    bias = moment_bias.second_moment_bias(50, B)
+    assert torch.allclose(
+        moment_bias.second_moment_bias(50, turned @ B @ turned.mT), turned @ bias @ turned.mT, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("dim, n, horizon", [(1, 6, 1.2), (3, 5, 0.9), (3, 40, 1.5)])
@@ -81,7 +88,7 @@ def test_fresh_and_self_attention_against_simulation(dim, n, horizon):
     x = torch.randn(lists, n, dim, dtype=torch.float64, generator=runtime.stream(30, dim, n))
     fresh = torch.randn(lists, 1, dim, dtype=torch.float64, generator=runtime.stream(31, dim, n))
     queries = torch.randn(20_000, dim, dtype=torch.float64, generator=runtime.stream(32, dim))
-    predicted = finite_n.second_moment_bias(n, B, V)
+    predicted = moment_bias.second_moment_bias(n, B, V)
     itself = predicted + moment_bias.own_token_bias(n, B, V, queries)
     limit = V @ B @ B.mT @ V.mT
     for query, expected in ((fresh, predicted), (x[:, :1], itself)):
@@ -131,7 +138,7 @@ def test_the_record_agrees_with_the_exact_law():
     A, V = random_head(config["dim"], config["head_seed"])
     V = V * config["variance"] ** 0.5
     for (n, horizon), rows in table.groupby(["n", "horizon"]):
-        bias = finite_n.second_moment_bias(n, horizon * A / torch.linalg.matrix_norm(A, 2), V)
+        bias = moment_bias.second_moment_bias(n, horizon * A / torch.linalg.matrix_norm(A, 2), V)
         size = torch.linalg.matrix_norm(bias).item()
         assert rows["second_along"].sem() < 0.02 * size
         assert abs(rows["second_along"].mean() - size) < 4 * rows["second_along"].sem() + 0.005 * size  # own token
@@ -140,35 +147,36 @@ def test_the_record_agrees_with_the_exact_law():
 
 # ------------------------------------------------- budgets
 
+
 def test_token_budget():
-    budget = finite_n.token_budget(3)
+    budget = budgets.token_budget(3)
     assert budget == (math.exp(4.5), math.exp(18))
-    assert finite_n.token_budget(0) == (1, 1)
-    assert finite_n.token_budget(100).clt == math.inf
+    assert budgets.token_budget(0) == (1, 1)
+    assert budgets.token_budget(100).clt == math.inf
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.floats(0.3, 9), st.floats(0.03, 0.8))
 def test_sample_complexity_inverts_the_law(load, error):
-    n = finite_n.sample_complexity(load, error)
-    assert finite_n.relative_error(n, load) <= error * (1 + 1e-9)
+    n = budgets.sample_complexity(load, error)
+    assert budgets.relative_error(n, load) <= error * (1 + 1e-9)
     if n > 1:
-        assert finite_n.relative_error(max(1, n - max(1, 1e-6 * n)), load) > error * (1 - 1e-9)
-    assert finite_n.sample_complexity(load, error / 2) > n
+        assert budgets.relative_error(max(1, n - max(1, 1e-6 * n)), load) > error * (1 - 1e-9)
+    assert budgets.sample_complexity(load, error / 2) > n
 
 
 def test_sample_complexity_far_out():
     load = 2.0
     clt = (1 + load**2) * math.exp(load**2) / (1e-4 * load) ** 2
-    assert finite_n.sample_complexity(load, 1e-4) == pytest.approx(clt, rel=1e-3)
-    assert finite_n.sample_complexity(25, 0.01) > 1e100
-    assert finite_n.sample_complexity(1, 2.0) == 1
+    assert budgets.sample_complexity(load, 1e-4) == pytest.approx(clt, rel=1e-3)
+    assert budgets.sample_complexity(25, 0.01) > 1e100
+    assert budgets.sample_complexity(1, 2.0) == 1
 
 
 def test_the_error_falls_with_n():
     n = np.geomspace(1, 1e30, 40)
     for load in (0.1, 1.0, 4.0, 12.0, 30.0):
-        assert (np.diff(finite_n.relative_error(n, load)) < 0).all()
+        assert (np.diff(budgets.relative_error(n, load)) < 0).all()
 
 
 def test_predict(capsys):
@@ -180,7 +188,13 @@ def test_predict(capsys):
     assert main(["predict", "--horizon", "1.5", "--tokens", "250"]) == 0
     out = capsys.readouterr().out
     assert "n^-0.3077" in out and "1.741" in out
-    for wrong in ([], ["--error", "1"], ["--load", "-1"], ["--load", "60", "--error", "1e-3"], ["--load", "1", "--tokens", "0"]):
+    for wrong in (
+        [],
+        ["--error", "1"],
+        ["--load", "-1"],
+        ["--load", "60", "--error", "1e-3"],
+        ["--load", "1", "--tokens", "0"],
+    ):
         assert main(["predict", *wrong]) == 2
         assert capsys.readouterr().err.count("\n") == 1
 
@@ -206,21 +220,26 @@ def test_phase_diagram():
 @pytest.mark.parametrize(
     "make, names",
     [
-        (lambda: finite_n.second_moment_bias(10, torch.zeros(2, 3)), "B"),
-        (lambda: finite_n.second_moment_bias(10, torch.eye(2), torch.eye(3)), "V"),
-        (lambda: finite_n.second_moment_bias(0.5, torch.eye(2)), "n"),
+        (lambda: moment_bias.second_moment_bias(10, torch.zeros(2, 3)), "B"),
+        (lambda: moment_bias.second_moment_bias(10, torch.eye(2), torch.eye(3)), "V"),
+        (lambda: moment_bias.second_moment_bias(0.5, torch.eye(2)), "n"),
         (lambda: moment_bias.load_law([0.0, 0.0]), "beta"),
         (lambda: moment_bias.load_law([-1.0]), "beta"),
         (lambda: moment_bias.own_token_bias(10, torch.eye(2), None, torch.zeros(3)), "queries"),
         (lambda: moment_bias.own_token_bias(1, torch.eye(2), None, torch.zeros(3, 2)), "n"),
         (lambda: moment_bias.shared_keys_covariance(torch.eye(2)), "B"),
-        (lambda: moment_bias.shared_keys_projection(9, 0.5 * torch.eye(2), None, torch.zeros(3, 2), torch.zeros(3, 2)), "n"),
-        (lambda: finite_n.token_budget(-1), "load"),
-        (lambda: finite_n.token_budget(math.nan), "load"),
-        (lambda: finite_n.relative_error(10, 0.0), "load"),
-        (lambda: finite_n.sample_complexity(0, 0.1), "load"),
-        (lambda: finite_n.sample_complexity(1, -0.1), "error"),
-        (lambda: finite_n.sample_complexity(60, 1e-3), "load"),
+        (
+            lambda: moment_bias.shared_keys_projection(
+                9, 0.5 * torch.eye(2), None, torch.zeros(3, 2), torch.zeros(3, 2)
+            ),
+            "n",
+        ),
+        (lambda: budgets.token_budget(-1), "load"),
+        (lambda: budgets.token_budget(math.nan), "load"),
+        (lambda: budgets.relative_error(10, 0.0), "load"),
+        (lambda: budgets.sample_complexity(0, 0.1), "load"),
+        (lambda: budgets.sample_complexity(1, -0.1), "error"),
+        (lambda: budgets.sample_complexity(60, 1e-3), "load"),
     ],
 )
 def test_bad_input_is_named(make, names):

@@ -1,4 +1,4 @@
-"""Every number and every sign in a derivation matters: see `tests/mutations.py` for what is changed, and what is not."""
+"""Every number and every sign in a derivation matters: `tests/mutations.py` says what is changed, and what is not."""
 
 import ast
 import json

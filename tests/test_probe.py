@@ -15,14 +15,19 @@ import pandas as pd
 import pytest
 import torch
 
-from tokcx_lib import cli, corpora, finite_n, heads, probe, rates, records, report, runtime, streaming, tokenization
+from tokcx_lib import cli, records, runtime
+from tokcx_lib.models import corpora, heads, loading, tokenization
+from tokcx_lib.models.tokens import RunningMoments, collect_tokens, first_ids, layer_streams, token_moments, tokenize
+from tokcx_lib.probe import measure, report
+from tokcx_lib.sampling import streaming
+from tokcx_lib.theory import budgets, rates
 
 TOKENS, QUERIES = 6000, 48
 
 
 @pytest.fixture(scope="module")
 def minilm():
-    return heads.load_model("minilm")
+    return loading.load_model("minilm")
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +37,17 @@ def text():
 
 @pytest.fixture(scope="module")
 def ids(minilm, text):
-    return heads.tokenize(minilm, text)
+    return tokenize(minilm, text)
 
 
 @pytest.fixture(scope="module")
 def table(minilm, ids):
-    return probe.probe(minilm, ids, [0, 1], TOKENS, QUERIES)
+    return measure.probe(minilm, ids, [0, 1], TOKENS, QUERIES)
 
 
 def test_moments_merge_to_those_of_all_tokens_far_from_zero():
     x = torch.randn(5000, 7, generator=runtime.generator(0), dtype=torch.float64) * torch.logspace(-2, 1, 7) + 1e5
-    running = probe.RunningMoments(7)
+    running = RunningMoments(7)
     for block in x.split([1, 999, 3, 2997, 1000]):
         running.add(block)
     direct = torch.cov(x.mT, correction=0)
@@ -56,7 +61,7 @@ def test_the_stream_finds_what_all_tokens_at_once_would(minilm, ids, table):
     whole = TOKENS // width
     order = torch.randperm(whole, generator=runtime.generator(0))
     asked = torch.randperm(TOKENS, generator=runtime.generator(1))[:QUERIES]
-    inputs = probe.collect_tokens(minilm, ids[:TOKENS], [0, 1])
+    inputs = collect_tokens(minilm, ids[:TOKENS], [0, 1])
     lengths = [1000, TOKENS]
     for head in heads.heads(minilm)[1:24:6]:
         x = inputs[head.layer]
@@ -65,8 +70,8 @@ def test_the_stream_finds_what_all_tokens_at_once_would(minilm, ids, table):
         effective = streaming.effective_tokens(head.project(x[asked])[0], k, lengths).median(-1).values
         row = table[(table["layer"] == head.layer) & (table["head"] == head.head)].iloc[0]
         assert [row[f"effective_{n}"] for n in lengths] == pytest.approx(effective.tolist(), rel=1e-3)
-        _, cov = probe.token_moments(x)
-        for name, value in probe.head_geometry(head, x[asked], cov).items():
+        _, cov = token_moments(x)
+        for name, value in heads.head_geometry(head, x[asked], cov).items():
             assert row[name] == pytest.approx(value, rel=1e-4), name
 
 
@@ -78,14 +83,14 @@ def test_columns_and_predictions(table):
     hard = table.loc[table["load_median"].idxmax()]
     assert (hard["layer"], hard["head"], hard["phase"]) == (0, 2, "frozen")
     assert hard["exponent_sharp"] == rates.exponent(hard["coupling"], "gaussian")
-    budget = finite_n.token_budget(hard["load_median"])
+    budget = budgets.token_budget(hard["load_median"])
     assert (hard["tokens_unfrozen"], hard["tokens_clt"]) == budget
-    said = probe.predictions(0.0, 40.0, 100)
+    said = measure.predictions(0.0, 40.0, 100)
     assert said["exponent_sharp"] == said["exponent_reported"] == 0.5
     assert said["tokens_10_percent"] == np.inf and said["phase"] == "frozen"
     n = 1000
     edge = np.sqrt(2 * np.log(n))
-    found = [probe.phase(edge * share, n) for share in (0.49, 0.51, 0.99, 1.01)]
+    found = [measure.phase(edge * share, n) for share in (0.49, 0.51, 0.99, 1.01)]
     assert found == ["averaging", "extremal", "extremal", "frozen"]
 
 
@@ -99,16 +104,16 @@ def test_no_more_of_a_text_is_tokenised_than_it_takes(minilm, text, ids, monkeyp
         return encode(tokenizer, parts)
 
     monkeypatch.setattr(tokenization, "_encode", counted)
-    assert (probe.first_ids(minilm, text, 5000) == ids[:5000]).all()
+    assert (first_ids(minilm, text, 5000) == ids[:5000]).all()
     assert len(read) > 3 and sum(read) < len(text) / 2
     with pytest.raises(ValueError, match=f"^text: expected at least {len(ids) + 1} tokens, got {len(ids)}"):
-        probe.first_ids(minilm, text, len(ids) + 1)
+        first_ids(minilm, text, len(ids) + 1)
 
 
 @pytest.mark.parametrize("layers", [[], [6], [-1]])
 def test_unknown_layers_are_named(minilm, ids, layers):
     with pytest.raises(ValueError, match="^layers: expected some of 0 to 5"):
-        probe.probe(minilm, ids, layers, 100)
+        measure.probe(minilm, ids, layers, 100)
 
 
 class Killed(Exception):
@@ -119,7 +124,7 @@ def dies_after(batches, counter):
     """`layer_streams` that ends with an exception once so many batches have been read, and counts them."""
 
     def streams(*arguments):
-        for batch in heads.layer_streams(*arguments):
+        for batch in layer_streams(*arguments):
             if len(batch[0]) > 254:  # not the look at a single window
                 if counter[0] >= batches:
                     raise Killed
@@ -131,19 +136,19 @@ def dies_after(batches, counter):
 
 @pytest.mark.parametrize("batches", [1, 3])  # among the queries, among the keys
 def test_a_killed_probe_goes_on_with_the_same_numbers(minilm, ids, table, batches, monkeypatch, tmp_path):
-    monkeypatch.setattr(probe, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(probe, "_Checkpoint", _always(probe._Checkpoint))
+    monkeypatch.setattr(measure, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(measure, "_Checkpoint", _always(measure._Checkpoint))
     arguments = (minilm, ids, [0, 1], TOKENS, QUERIES)
     folder = tmp_path / "kept"
     before, after = [0], [0]
-    monkeypatch.setattr(probe, "layer_streams", dies_after(batches, before))
+    monkeypatch.setattr(measure, "layer_streams", dies_after(batches, before))
     with pytest.raises(Killed):
-        probe.probe(*arguments, checkpoint=folder)
-    monkeypatch.setattr(probe, "layer_streams", dies_after(100, after))
-    resumed = probe.probe(*arguments, checkpoint=folder)
+        measure.probe(*arguments, checkpoint=folder)
+    monkeypatch.setattr(measure, "layer_streams", dies_after(100, after))
+    resumed = measure.probe(*arguments, checkpoint=folder)
     assert resumed.to_csv() == table.to_csv()
     assert before[0] == batches and after[0] == 4 - batches  # two batches of either pass, none of them read twice
-    probe.discard_checkpoint(folder)
+    measure.discard_checkpoint(folder)
     assert not folder.exists()
 
 
@@ -155,7 +160,7 @@ def _always(checkpoint):
 @pytest.mark.parametrize("damage", ["garbage", "cut", "another plan"])
 def test_a_checkpoint_that_is_damaged_or_another_probes_is_not_used(minilm, ids, damage, tmp_path, capsys):
     other = {"seed": 1} if damage == "another plan" else {}
-    probe.probe(minilm, ids, [0], 1000, 16, checkpoint=tmp_path, **other)
+    measure.probe(minilm, ids, [0], 1000, 16, checkpoint=tmp_path, **other)
     state = tmp_path / "state.npz"
     content = state.read_bytes()
     if damage == "garbage":
@@ -163,8 +168,8 @@ def test_a_checkpoint_that_is_damaged_or_another_probes_is_not_used(minilm, ids,
         state.write_bytes(content[:middle] + bytes(64) + content[middle + 64 :])
     elif damage == "cut":
         state.write_bytes(content[: len(content) // 2])
-    found = probe.probe(minilm, ids, [0], 1000, 16, checkpoint=tmp_path)
-    assert found.to_csv() == probe.probe(minilm, ids, [0], 1000, 16).to_csv()
+    found = measure.probe(minilm, ids, [0], 1000, 16, checkpoint=tmp_path)
+    assert found.to_csv() == measure.probe(minilm, ids, [0], 1000, 16).to_csv()
     assert ("damaged" in capsys.readouterr().err) == (damage != "another plan")
 
 
@@ -180,8 +185,8 @@ def test_heads_with_rotary_positions_are_described_at_distances_too(minilm, ids,
     def rotary(model):
         return [Rotary(h.layer, h.head, h.W_Q, h.W_K, h.W_V, None, h.scale) for h in heads.heads(model)[:2]]
 
-    monkeypatch.setattr(probe, "heads", rotary)
-    found = probe.probe(minilm, ids, [0], 1000, 16)
+    monkeypatch.setattr(measure, "heads", rotary)
+    found = measure.probe(minilm, ids, [0], 1000, 16)
     assert found["causal"].all()
     for distance in (64, 1024):
         for name in ("horizon", "load_median"):
@@ -259,7 +264,7 @@ def test_a_command_killed_by_the_system_goes_on(tmp_path):
     file, killed, whole = tmp_path / "text.txt", tmp_path / "killed", tmp_path / "whole"
     file.write_text(corpora.open_corpus("scipy-docs").text[:400_000])
     arguments = ["probe", "--text", str(file), "--layers", "0", "--tokens", "40000", "--queries", "256", "--out"]
-    code = "import sys; from tokcx_lib import cli, probe; probe.CHECKPOINT_SECONDS = 0; cli.main(sys.argv[1:])"
+    code = "import sys; from tokcx_lib import cli, probe; measure.CHECKPOINT_SECONDS = 0; cli.main(sys.argv[1:])"
     state = killed / ".probe" / "state.npz"
     with subprocess.Popen([sys.executable, "-c", code, *arguments, str(killed)], env=os.environ) as process:
         while not state.exists() and process.poll() is None:
@@ -275,7 +280,9 @@ ONE = ["probe", "--layers", "0", "--tokens", "20000", "--queries", "64", "--text
 
 
 def child(file, out):
-    code = "import sys; from tokcx_lib import cli, probe; probe.CHECKPOINT_SECONDS = 0; sys.exit(cli.main(sys.argv[1:]))"
+    code = (
+        "import sys; from tokcx_lib import cli, probe; measure.CHECKPOINT_SECONDS = 0; sys.exit(cli.main(sys.argv[1:]))"
+    )
     environment = {**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-c", code, *ONE, str(file), "--out", str(out)]
     return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

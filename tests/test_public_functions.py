@@ -14,8 +14,11 @@ import pandas as pd
 import pytest
 import torch
 
-from tokcx_lib import extremes, fits, geometry, heads, laws, rates, streaming, sweeps
-from tokcx_lib.streaming import prefix_attention
+from tokcx_lib.models.tokens import layer_streams, tokenize
+from tokcx_lib.sampling import fits, streaming, sweeps
+from tokcx_lib.sampling.streaming import prefix_attention
+from tokcx_lib.studies import extremes
+from tokcx_lib.theory import geometry, laws, rates
 
 SECONDS = 2.0  # for one call, at most
 PART = 8  # the quick test tries every eighth case
@@ -23,8 +26,8 @@ NAMES = sorted(catalogue.public_functions())
 # Where an answer may hold infinity or NaN, as the docstring says: the factor of an exponential overflows, there is
 # nothing to average, or a number is not asked for.
 OPEN = {
-    "depth.stack_errors",
-    "finite_n.token_budget",
+    "stacks.stack_errors",
+    "budgets.token_budget",
     "rates.clt_covariance",
     "rates.influence",
     "rates.influence_square",
@@ -225,6 +228,7 @@ def test_every_bad_argument_is_understood_or_refused_by_name(name):
 
 # ------------------------------------------------------------ messages that say what to do
 
+
 def refused(pattern: str):
     return pytest.raises(ValueError, match=pattern)
 
@@ -261,7 +265,9 @@ def test_scalar_tokens_are_asked_for_as_a_column():
 
 def test_grouped_queries_are_told_both_remedies_and_both_are_right():
     q, k, v = catalogue.normal(8, 5, 3), catalogue.normal(2, 9, 3, seed=1), catalogue.normal(2, 9, 4, seed=2)
-    with refused(r"^k: expected batch \(8,\).*k.repeat_interleave\(4, -3\).*q.unflatten\(-3, \(2, 4\)\).flatten\(-3, -2\)"):
+    with refused(
+        r"^k: expected batch \(8,\).*k.repeat_interleave\(4, -3\).*q.unflatten\(-3, \(2, 4\)\).flatten\(-3, -2\)"
+    ):
         streaming.partial_attention(q, k, v)
     repeated = streaming.partial_attention(q, k.repeat_interleave(4, -3), v.repeat_interleave(4, -3)).output
     folded = streaming.partial_attention(q.unflatten(-3, (2, 4)).flatten(-3, -2), k, v).output
@@ -278,9 +284,9 @@ def test_a_table_of_several_settings_is_refused_by_fit_slope():
 
 def test_a_plain_model_is_refused_where_a_tokenizer_is_needed():
     with refused("^model: expected a TextModel from load_model, got Linear"):
-        heads.layer_streams(torch.nn.Linear(2, 2), "text", [0])
+        layer_streams(torch.nn.Linear(2, 2), "text", [0])
     with refused("^model: expected a TextModel from load_model, got Linear"):
-        heads.tokenize(torch.nn.Linear(2, 2), "text")
+        tokenize(torch.nn.Linear(2, 2), "text")
 
 
 def test_numbers_in_other_forms_are_the_same_numbers():

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokcx_lib import rates
+from tokcx_lib.theory import rates
 
 
 @pytest.mark.parametrize(

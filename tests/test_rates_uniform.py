@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.integrate import quad
 
-from tokcx_lib import laws, rates
-from tokcx_lib.attention import attention_map
+from tokcx_lib.theory import laws, rates
+from tokcx_lib.theory.attention import attention_map
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,10 @@ def test_subgaussian_constant_is_the_best_of_its_family():
 def test_the_moment_bounds_of_the_subgaussian_proof(k):
     """L_D and L_N against the moments they bound, for Gaussian tokens, by quadrature over r = |Z|."""
     s = 0.7
-    density = lambda r: r ** (k - 1) * math.exp(-(r**2) / 2) / (2 ** (k / 2 - 1) * math.gamma(k / 2))
+
+    def density(r):
+        return r ** (k - 1) * math.exp(-(r**2) / 2) / (2 ** (k / 2 - 1) * math.gamma(k / 2))
+
     for delta in (0.1, 0.2, 0.3):
         growth = math.exp(2 * s**2 / (1 - 2 * delta))
         moment = quad(lambda r: r**2 * math.exp(2 * s * r) * density(r), 0, 40)[0]

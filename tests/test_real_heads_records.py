@@ -5,8 +5,12 @@ import pandas as pd
 import pytest
 import torch
 
-from tokcx_lib import corpora, heads, probe, records
-from tokcx_lib.experiments import EXPERIMENTS, real_heads, texts
+from tokcx_lib import records
+from tokcx_lib.models import corpora, loading, windows
+from tokcx_lib.models.tokens import tokenize
+from tokcx_lib.models.windows import WINDOW, random_windows, wikipedia_windows
+from tokcx_lib.studies.real_heads import experiments
+from tokcx_lib.studies.registry import EXPERIMENTS
 
 HEADS = [(layer, head) for layer in range(6) for head in range(12)]
 TEXTS = ("english", "german", "python", "book")
@@ -65,18 +69,19 @@ def test_variants_and_sinks_of_all_heads():
 
 # ------------------------------------------------------------ the experiments
 
+
 @pytest.fixture(scope="module")
 def minilm():
-    return heads.load_model("minilm")
+    return loading.load_model("minilm")
 
 
 @pytest.fixture
 def small_text(minilm, monkeypatch):
     """The fixed text of the book in place of Wikipedia, which not every machine has."""
-    ids = torch.as_tensor(heads.tokenize(minilm, corpora.open_corpus("scipy-docs").text)[:40_000].astype(np.int32))
-    monkeypatch.setattr(texts, "_ids", lambda model, name: (ids, {"text": "sha"}))
+    ids = torch.as_tensor(tokenize(minilm, corpora.open_corpus("scipy-docs").text)[:40_000].astype(np.int32))
+    monkeypatch.setattr(windows, "_ids", lambda model, name: (ids, {"text": "sha"}))
     for name, value in {"QUERIES": 20, "STREAM": 40}.items():
-        monkeypatch.setattr(real_heads, name, value)
+        monkeypatch.setattr(experiments, name, value)
     return ids
 
 
@@ -104,13 +109,13 @@ def test_a_unit_can_be_run_alone(name, small_text):
 
 
 def test_stretches_of_a_text_share_no_window(minilm, small_text):
-    one, _ = texts.random_windows(minilm, "text", 10 * texts.WINDOW, 5)
-    other, _ = texts.random_windows(minilm, "text", 10 * texts.WINDOW, 5, skip=10)
-    both, _ = texts.random_windows(minilm, "text", 20 * texts.WINDOW, 5)
+    one, _ = random_windows(minilm, "text", 10 * WINDOW, 5)
+    other, _ = random_windows(minilm, "text", 10 * WINDOW, 5, skip=10)
+    both, _ = random_windows(minilm, "text", 20 * WINDOW, 5)
     assert torch.equal(torch.cat([one, other]), both)
-    windows = small_text[: len(small_text) // texts.WINDOW * texts.WINDOW].reshape(-1, texts.WINDOW)
+    windows = small_text[: len(small_text) // WINDOW * WINDOW].reshape(-1, WINDOW)
     rows = {tuple(row) for row in windows.tolist()}
-    assert all(tuple(row) in rows for row in both.reshape(-1, texts.WINDOW).tolist())
+    assert all(tuple(row) in rows for row in both.reshape(-1, WINDOW).tolist())
 
 
 def test_attention_of_the_sinks_is_the_models_own(minilm, small_text):
@@ -118,12 +123,12 @@ def test_attention_of_the_sinks_is_the_models_own(minilm, small_text):
     experiment = EXPERIMENTS["real_heads_sinks"]
     config = {**experiment.config("quick"), **SMALL["real_heads_sinks"]}
     table = experiment.plan(config, torch.device("cpu")).work(1).table.set_index("head")
-    ids, _ = texts.wikipedia_windows(minilm, config["windows"] * texts.WINDOW, config["seed"], real_heads.POOL)
+    ids, _ = wikipedia_windows(minilm, config["windows"] * WINDOW, config["seed"], experiments.POOL)
     ends = torch.full((config["windows"], 1), 101), torch.full((config["windows"], 1), 102)
     minilm.model.set_attn_implementation("eager")
     with torch.no_grad():
         weights = minilm.model(
-            torch.cat([ends[0], ids.reshape(-1, texts.WINDOW), ends[1]], 1), output_attentions=True
+            torch.cat([ends[0], ids.reshape(-1, WINDOW), ends[1]], 1), output_attentions=True
         ).attentions[1][:, :, 1:-1]
     minilm.model.set_attn_implementation("sdpa")
     for head in range(12):
@@ -135,8 +140,8 @@ def test_attention_of_the_sinks_is_the_models_own(minilm, small_text):
 
 
 def test_punctuation_is_told_from_words(minilm):
-    marks = real_heads.is_punctuation(minilm)
-    ids = heads.tokenize(minilm, "words, words; and $ 7 . ##")
+    marks = experiments.is_punctuation(minilm)
+    ids = tokenize(minilm, "words, words; and $ 7 . ##")
     tokens = minilm.tokenizer.convert_ids_to_tokens(ids.tolist())
     assert [t for t, m in zip(tokens, marks[ids]) if m] == [t for t in tokens if not t.strip("#").isalnum()]
     assert not marks[[101, 102]].any()

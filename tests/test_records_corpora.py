@@ -9,7 +9,8 @@ import platform
 import pandas as pd
 import pytest
 
-from tokcx_lib import corpora, records
+from tokcx_lib import records
+from tokcx_lib.models import corpora
 
 
 def table(rows=3):

@@ -16,8 +16,11 @@ import pandas as pd
 import pytest
 import torch
 
-from tokcx_lib import cli, experiments, laws, records, runs, runtime, sweeps
-from tokcx_lib.experiments import EXPERIMENTS
+from tokcx_lib import cli, records, runtime
+from tokcx_lib.sampling import sweeps
+from tokcx_lib.studies import registry, runs
+from tokcx_lib.studies.registry import EXPERIMENTS
+from tokcx_lib.theory import laws, limits
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -97,7 +100,9 @@ def test_what_does_not_fit_is_refused(tmp_path):
         SMALL.config("full", 0)
     with pytest.raises(ValueError, match="replicates: this experiment has no"):
         EXPERIMENTS["real_heads_sinks"].config("full", 3)
-    wrong = SMALL._replace(plan=lambda config, device: runs.Plan([(7,)], lambda r: runs.Part(plan(config, device).work(1).table)))
+    wrong = SMALL._replace(
+        plan=lambda config, device: runs.Plan([(7,)], lambda r: runs.Part(plan(config, device).work(1).table))
+    )
     with pytest.raises(ValueError, match="expected replicate = 7"):
         runs.run("wrong", wrong, path=tmp_path)
 
@@ -128,7 +133,9 @@ def test_a_record_made_on_another_text_is_refused_before_units_are_compared(tmp_
         runs.verify("small", on(novel="bb22"), path=tmp_path)
     with pytest.raises(ValueError, match=message + "no such text"):
         runs.verify("small", SMALL, path=tmp_path)
-    with pytest.raises(ValueError, match="record 'small': made on text 'atlas' with no such text, here it has sha256 cc33"):
+    with pytest.raises(
+        ValueError, match="record 'small': made on text 'atlas' with no such text, here it has sha256 cc33"
+    ):
         runs.verify("small", on(novel="aa11", atlas="cc33"), path=tmp_path)
     with pytest.raises(ValueError, match="record 'small': unit"):
         runs.verify("small", SMALL._replace(plan=other_numbers), path=tmp_path)
@@ -240,10 +247,14 @@ def test_killed_at_any_moment_and_resumed_the_record_is_the_same(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     fates = done.stdout.split()
-    assert not done.stderr and len(fates) == 16 and fates.count(str(int(signal.SIGKILL))) >= least >= 8, done.stdout + done.stderr
+    assert not done.stderr and len(fates) == 16 and fates.count(str(int(signal.SIGKILL))) >= least >= 8, (
+        done.stdout + done.stderr
+    )
     slow = SMALL._replace(full={**SMALL.full, "pause": 0.1})
     resumed, whole = (runs.run("small", slow, resume=True, path=tmp_path / name) for name in ("killed", "whole"))
-    assert table_of(resumed) == table_of(whole) and runs.verify("small", slow, path=tmp_path / "killed").difference < 1e-5
+    assert (
+        table_of(resumed) == table_of(whole) and runs.verify("small", slow, path=tmp_path / "killed").difference < 1e-5
+    )
     assert not list((tmp_path / "killed").rglob("*.tmp"))
 
 
@@ -284,7 +295,9 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(tmp_path):
         pytest.skip("no right to mount a file system")
     try:
         before = table_of(runs.run("small", SMALL, replicates=3, path=disk))
-        (disk / "ballast").write_bytes(b"0" * (64 * 1024 - sum(f.stat().st_blocks for f in disk.rglob("*")) * 512 - 4096))
+        (disk / "ballast").write_bytes(
+            b"0" * (64 * 1024 - sum(f.stat().st_blocks for f in disk.rglob("*")) * 512 - 4096)
+        )
         with pytest.raises(OSError, match="No space left"):
             runs.run("small", SMALL, resume=True, path=disk)
         assert not list(disk.rglob("*.tmp")) and table_of(disk / "small.csv") == before
@@ -298,7 +311,7 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(tmp_path):
 
 
 def test_a_file_that_cannot_be_written_is_named_on_the_command_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(experiments.EXPERIMENTS, "small", SMALL)
+    monkeypatch.setitem(registry.EXPERIMENTS, "small", SMALL)
     (tmp_path / "file").write_text("in the way")
     assert cli.main(["run", "small", "--profile", "quick", "--out", str(tmp_path / "file")]) == 1
     assert capsys.readouterr().err.rstrip().split("\n")[-1].startswith("tokcx: Not a directory: ")
@@ -339,9 +352,8 @@ def test_horizon_errors_are_those_of_the_sweep_and_of_the_definition():
     pd.testing.assert_frame_equal(table, whole[whole.replicate == 1].reset_index(drop=True))
     tokens = law.sample(30, runtime.stream(9, 1))
     outputs = torch.softmax(2 * tokens @ A.mT @ tokens.mT, -1) @ tokens @ V.mT
-    limit = sweeps.gaussian_limit(law, 2 * A, V)
+    limit = limits.gaussian_limit(law, 2 * A, V)
     assert second[1, 1] == pytest.approx((outputs.mT @ outputs / 30 - limit.cov).item(), rel=1e-9)
-
 
 
 def test_a_record_verifies_whatever_the_order_of_the_names_in_a_setting(tmp_path):

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokcx_lib import finite_n, laws, runtime, softmax_law
-from tokcx_lib.softmax_law import map_error, self_moments, softmax_moments
+from tokcx_lib import runtime
+from tokcx_lib.theory import laws, softmax_law
+from tokcx_lib.theory.softmax_law import map_error, self_moments, softmax_moments
 
 LAWS = [
     None,
@@ -83,7 +84,9 @@ def test_two_signs_by_enumeration(t):
         w /= w.sum(1, keepdims=True)
         gamma = (w * rows).sum(1)
         exact = gamma.mean(), (gamma**2).mean(), (w**2).sum(1).mean()
-        assert [float(x) for x in softmax_moments(n, t, laws.Rademacher(1))] == pytest.approx(exact, rel=1e-11, abs=1e-14)
+        assert [float(x) for x in softmax_moments(n, t, laws.Rademacher(1))] == pytest.approx(
+            exact, rel=1e-11, abs=1e-14
+        )
 
 
 @pytest.mark.parametrize("law", LAWS, ids=name)
@@ -131,7 +134,9 @@ def test_properties(height, t, which):
         assert back == pytest.approx([-here[0], here[1], here[2]], rel=1e-9, abs=1e-13)
     alone = [float(x) for x in softmax_moments(1, t, law)]
     law = law or laws.Gaussian(1.0)
-    assert alone == pytest.approx([law.mean[0].item(), (law.cov[0, 0] + law.mean[0] ** 2).item(), 1], abs=1e-11 * reach**2)
+    assert alone == pytest.approx(
+        [law.mean[0].item(), (law.cov[0, 0] + law.mean[0] ** 2).item(), 1], abs=1e-11 * reach**2
+    )
 
 
 def test_two_tables_meet_and_the_scale_is_right():
@@ -200,7 +205,7 @@ def test_map_error_against_its_definition_in_a_hundred_digits():
 @settings(max_examples=40, deadline=None)
 @given(st.floats(3, 12), st.floats(2, 4))
 def test_map_error_reaches_its_central_limit_and_falls(t, exponent):
-    """(1 + t^2) e^{t^2} / n, from e^{2 t^2} tokens on; at load 3 the limit is still 30% away there, beyond 6 it is not 1%."""
+    """(1 + t^2) e^{t^2} / n, from e^{2 t^2} tokens on; at load 3 the limit is 30% away there, beyond 6 not 1%."""
     n = math.exp(min(exponent * t**2 + 6, 575))
     limit = (1 + t**2) * math.exp(t**2) / n
     assert map_error(n, t) == pytest.approx(limit, rel=0.01, abs=0)
@@ -277,4 +282,4 @@ def test_bad_input_is_named(make, names):
 
 
 def test_the_name_stays():
-    assert finite_n.softmax_moments is softmax_moments
+    assert softmax_law.softmax_moments is softmax_moments

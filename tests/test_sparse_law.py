@@ -7,19 +7,21 @@ import numpy as np
 import pytest
 import torch
 
-from tokcx_lib import laws, runtime, softmax_law, sparse, sparse_law
+from tokcx_lib import runtime
+from tokcx_lib.studies.sparse import schemes, theory
+from tokcx_lib.theory import laws, softmax_law
 
 
 def test_drawn_keys_by_enumeration():
     """All lists of m keys of n, with replacement, of a small example."""
     stream = runtime.stream(1)
     q, k, v = (torch.randn(*shape, generator=stream, dtype=torch.float64) for shape in ((2, 3), (5, 3), (5, 2)))
-    whole = sparse.full(q, k, v).output
+    whole = schemes.full(q, k, v).output
     for m in (1, 2, 4):
         squares = []
         for keys in itertools.product(range(5), repeat=m):
-            squares.append((sparse.full(q, k[list(keys)], v[list(keys)]).output - whole).square().sum(-1))
-        found = sparse_law.drawn_error(q, k, v, [1, 2, 4])[(1, 2, 4).index(m)]
+            squares.append((schemes.full(q, k[list(keys)], v[list(keys)]).output - whole).square().sum(-1))
+        found = theory.drawn_error(q, k, v, [1, 2, 4])[(1, 2, 4).index(m)]
         torch.testing.assert_close(found, torch.stack(squares).mean(0), rtol=1e-6, atol=0)
 
 
@@ -27,7 +29,7 @@ def test_drawn_keys_agree_with_the_exact_law_in_one_dimension():
     y = laws.Gaussian(1.0).sample(300, runtime.stream(2))
     for load, m in ((0.5, 20), (2.0, 50), (4.0, 200)):
         expected = softmax_law.map_error(m, load, laws.Empirical(y))
-        found = sparse_law.drawn_error(torch.tensor([[load]]).double(), y, y, [m])
+        found = theory.drawn_error(torch.tensor([[load]]).double(), y, y, [m])
         assert found.item() == pytest.approx(float(expected), rel=1e-6)
 
 
@@ -36,9 +38,11 @@ def test_a_subset_without_replacement_to_first_order():
     y = laws.Gaussian(torch.eye(d)).sample(n, runtime.stream(3))
     for load in (0.5, 1.0):
         q = load * torch.nn.functional.normalize(y[:2000], dim=1)
-        error = sparse.output_error(sparse.random_keys(q, y, y, torch.arange(2000), m, runtime.stream(4)), sparse.full(q, y, y))
-        assert error.item() / d**0.5 == pytest.approx(float(sparse_law.subset_error(load, d, m, n)), rel=0.06)
-    assert sparse_law.subset_error(1.0, d, n, n) == 0
+        error = schemes.output_error(
+            schemes.random_keys(q, y, y, torch.arange(2000), m, runtime.stream(4)), schemes.full(q, y, y)
+        )
+        assert error.item() / d**0.5 == pytest.approx(float(theory.subset_error(load, d, m, n)), rel=0.06)
+    assert theory.subset_error(1.0, d, n, n) == 0
 
 
 def test_the_covariance_of_two_influences():
@@ -49,7 +53,7 @@ def test_the_covariance_of_two_influences():
     t = torch.tensor([load, 0.0, 0.0], dtype=torch.float64)
     a, b = (torch.exp(x @ t - load**2 / 2)[:, None] * (x - t) for x in (y, z))
     product = (a * b).sum(1)
-    expected = float(sparse_law.influence_covariance(load, d, r))
+    expected = float(theory.influence_covariance(load, d, r))
     assert abs(product.mean().item() - expected) < 4.5 * product.std().item() / len(y) ** 0.5
     assert expected > 10 * product.std().item() / len(y) ** 0.5
 
@@ -58,14 +62,16 @@ def test_variance_of_a_mean_of_serial_influences():
     """Against the double sum over all pairs, and against its limit."""
     load, d, r = 1.2, 5, 0.7
     for count, stride in ((1, 1), (6, 1), (6, 3)):
-        pairs = [sparse_law.influence_covariance(load, d, r ** (stride * abs(i - j))) for i in range(count) for j in range(count)]
-        assert sparse_law.mean_variance(load, d, r, count, stride) == pytest.approx(sum(pairs) / count**2 / d)
-    long = sparse_law.mean_variance(load, d, r, 200_000) * 200_000
-    one = sparse_law.mean_variance(load, d, r, 1)
-    assert long / one == pytest.approx(sparse_law.inflation(load, d, r), rel=1e-3)
-    assert sparse_law.inflation(1e-6, d, r) == pytest.approx((1 + r) / (1 - r))
-    assert sparse_law.inflation(3.0, d, r) < sparse_law.inflation(1.0, d, r) < sparse_law.inflation(1e-6, d, r)
-    assert sparse_law.inflation(1.0, d, 0.0) == 1
+        pairs = [
+            theory.influence_covariance(load, d, r ** (stride * abs(i - j))) for i in range(count) for j in range(count)
+        ]
+        assert theory.mean_variance(load, d, r, count, stride) == pytest.approx(sum(pairs) / count**2 / d)
+    long = theory.mean_variance(load, d, r, 200_000) * 200_000
+    one = theory.mean_variance(load, d, r, 1)
+    assert long / one == pytest.approx(theory.inflation(load, d, r), rel=1e-3)
+    assert theory.inflation(1e-6, d, r) == pytest.approx((1 + r) / (1 - r))
+    assert theory.inflation(3.0, d, r) < theory.inflation(1.0, d, r) < theory.inflation(1e-6, d, r)
+    assert theory.inflation(1.0, d, 0.0) == 1
 
 
 def test_the_mean_of_a_window_around_a_token():
@@ -78,13 +84,15 @@ def test_the_mean_of_a_window_around_a_token():
     bottom = torch.zeros((), dtype=torch.float64)
     for lag in lags.tolist():
         c = r ** abs(lag)
-        y = c * x + math.sqrt(1 - c**2) * torch.randn(200_000, d, generator=runtime.stream(6, lag + 3), dtype=torch.float64)
+        y = c * x + math.sqrt(1 - c**2) * torch.randn(
+            200_000, d, generator=runtime.stream(6, lag + 3), dtype=torch.float64
+        )
         w = torch.exp(y @ t)
         top, bottom = top + w @ y / len(y), bottom + w.mean()
-    found = sparse_law.window_mean(x, t, r, lags)
+    found = theory.window_mean(x, t, r, lags)
     torch.testing.assert_close(top / bottom, found, rtol=0, atol=9e-3)
     assert torch.linalg.vector_norm(found - t) > 0.3
-    torch.testing.assert_close(sparse_law.window_mean(x, t, 0.0, torch.arange(1, 5)), t)
+    torch.testing.assert_close(theory.window_mean(x, t, 0.0, torch.arange(1, 5)), t)
 
 
 @pytest.mark.parametrize("n, load", [(10, 0.5), (50, 1.0), (1000, 3.0), (1000, 8.0)])
@@ -92,7 +100,7 @@ def test_the_mass_of_the_largest_weights(n, load):
     logits = load * torch.randn(4000, n, generator=runtime.stream(7, n), dtype=torch.float64)
     mass = torch.softmax(logits, 1).sort(1, descending=True).values.cumsum(1)
     ks = np.array([1, 3, 8])
-    for k, expected in zip(ks, sparse_law.top_mass(n, load, ks)):
+    for k, expected in zip(ks, theory.top_mass(n, load, ks)):
         sample = mass[:, k - 1]
         assert abs(sample.mean().item() - expected) < 4.5 * sample.std().item() / 4000**0.5 + 2e-4
 
@@ -103,12 +111,12 @@ def test_the_mass_of_the_largest_weights_at_very_many_keys():
     k = 10_000
     level = -math.sqrt(2) * torch.erfinv(torch.tensor(2 * k / n - 1, dtype=torch.float64)).item()
     share = 0.5 * math.erfc((level - load) / math.sqrt(2))
-    assert sparse_law.top_mass(n, load, k) == pytest.approx(share, abs=2e-4)
+    assert theory.top_mass(n, load, k) == pytest.approx(share, abs=2e-4)
     gaps = []
     for log10 in (5, 20, 80):
         n = 10.0**log10
         load = 2.0 * math.sqrt(2 * math.log(n))
-        gaps.append(abs(1 - sparse_law.top_mass(n, load, 4) - sparse_law.frozen_missing_mass(2.0, 4)))
+        gaps.append(abs(1 - theory.top_mass(n, load, 4) - theory.frozen_missing_mass(2.0, 4)))
     assert gaps[0] > gaps[1] > gaps[2] and gaps[2] < 0.02
 
 
@@ -122,16 +130,16 @@ def test_the_frozen_law_against_poisson_points():
         mass = weights.cumsum(1) / (weights.sum(1, keepdim=True) + rest)
         for k in (1, 4, 32):
             sample = 1 - mass[:, k - 1]
-            expected = float(sparse_law.frozen_missing_mass(sigma, k))
+            expected = float(theory.frozen_missing_mass(sigma, k))
             assert abs(sample.mean().item() - expected) < 4.5 * sample.std().item() / 1500**0.5 + 1e-3
-    far = sparse_law.frozen_missing_mass(1.5, np.array([1000, 100_000]))
+    far = theory.frozen_missing_mass(1.5, np.array([1000, 100_000]))
     assert math.log(far[0] / far[1]) / math.log(100) == pytest.approx(0.5, abs=0.01)
 
 
 def test_what_bad_input_gets():
     with pytest.raises(ValueError, match="reduced_load: expected a number above 1"):
-        sparse_law.frozen_missing_mass(1.0, 3)
+        theory.frozen_missing_mass(1.0, 3)
     with pytest.raises(ValueError, match="n, k: expected k from 1 to n - 1"):
-        sparse_law.top_mass(10, 1.0, 10)
+        theory.top_mass(10, 1.0, 10)
     with pytest.raises(ValueError, match="draws"):
-        sparse_law.drawn_error([[1.0]], [[1.0]], [[1.0]], [0])
+        theory.drawn_error([[1.0]], [[1.0]], [[1.0]], [0])

@@ -5,12 +5,15 @@ import pandas as pd
 import pytest
 import torch
 
-from tokcx_lib import heads, laws, records, sparse
-from tokcx_lib.experiments import EXPERIMENTS
-from tokcx_lib.experiments import sparse as experiments
-from tokcx_lib.experiments import texts
+from tokcx_lib import records
+from tokcx_lib.models import loading, windows
+from tokcx_lib.models.tokens import tokenize
+from tokcx_lib.models.windows import passages
+from tokcx_lib.studies.registry import EXPERIMENTS
+from tokcx_lib.studies.sparse import experiments, schemes
+from tokcx_lib.theory import laws
 
-SCHEMES = set(sparse.SCHEMES)
+SCHEMES = set(schemes.SCHEMES)
 
 
 def check_errors(table, by, exceptions=0):
@@ -106,13 +109,15 @@ def test_rows_are_errors_of_the_schemes():
 
 
 def test_passages_are_the_text_in_its_order(monkeypatch):
-    model = heads.load_model("minilm")
+    model = loading.load_model("minilm")
     lines = [f"line {i} of a text\n" for i in range(400)]
-    monkeypatch.setattr(texts, "open_corpus", lambda name: type("Corpus", (), {"text": "".join(lines), "name": name, "sha256": "x"}))
-    found, meta = texts.passages(model, "text", 30, 4)
+    monkeypatch.setattr(
+        windows, "open_corpus", lambda name: type("Corpus", (), {"text": "".join(lines), "name": name, "sha256": "x"})
+    )
+    found, meta = passages(model, "text", 30, 4)
     assert found.shape == (4, 30) and meta == {"text": "x"}
     for i in range(4):
-        expected = heads.tokenize(model, "".join(lines[100 * i : 100 * i + 30]))[:30]
+        expected = tokenize(model, "".join(lines[100 * i : 100 * i + 30]))[:30]
         assert found[i].tolist() == expected.tolist()
     with pytest.raises(ValueError, match="tokens: expected at most"):
-        texts.passages(model, "text", 10_000, 4)
+        passages(model, "text", 10_000, 4)

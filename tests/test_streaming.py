@@ -9,13 +9,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokcx_lib import streaming
-from tokcx_lib.laws import Gaussian
-from tokcx_lib.streaming import Partial, merge, partial_attention, prefix_attention, reference_attention
+from tokcx_lib.sampling import streaming
+from tokcx_lib.sampling.streaming import Partial, merge, partial_attention, prefix_attention
+from tokcx_lib.theory.laws import Gaussian
 from tokcx_lib.validation import as_tensor
 
 SEEDS = st.integers(0, 2**32 - 1)
 DTYPES = st.sampled_from([torch.float32, torch.float64])
+
+
+def reference_attention(q, k, v) -> Partial:
+    """Full softmax attention in float64 with the whole matrix of logits."""
+    q, k, v = (x.double() for x in (q, k, v))
+    logits = q @ k.mT
+    return Partial(torch.softmax(logits, -1) @ v, torch.logsumexp(logits, -1))
 
 
 @st.composite
@@ -81,7 +88,11 @@ def test_any_layout_in_memory_gives_the_same_numbers(problem, which):
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("dtype, size", [(torch.float32, 1e19), (torch.bfloat16, 1e30), (torch.float64, 1e160)])
 def test_logits_that_overflow_are_refused(dtype, size, sign):
-    q, k, v = torch.full((2, 4), size, dtype=dtype), torch.full((3, 4), sign * size, dtype=dtype), torch.ones(3, 4, dtype=dtype)
+    q, k, v = (
+        torch.full((2, 4), size, dtype=dtype),
+        torch.full((3, 4), sign * size, dtype=dtype),
+        torch.ones(3, 4, dtype=dtype),
+    )
     with pytest.raises(ValueError, match="q, k: expected logits"):
         partial_attention(q, k, v)
 
@@ -170,8 +181,8 @@ def test_memory_does_not_hold_the_weights():
     """The peak of a child process stays far below the m x n matrix of weights (2 GB here)."""
     code = """
 import torch
-from tokcx_lib.bench import peak_memory
-from tokcx_lib.streaming import prefix_attention
+from tokcx_lib.bench.suite import peak_memory
+from tokcx_lib.sampling.streaming import prefix_attention
 q, k = torch.randn(2048, 16), torch.randn(262_144, 16)
 prefix_attention(q, k[:1024], k[:1024], [1024])
 before = peak_memory()
@@ -314,9 +325,9 @@ def test_ten_million_streamed_keys_take_the_memory_of_a_block():
     """Keys and values alone would be 640 MB in float32."""
     code = """
 import torch
-from tokcx_lib.bench import peak_memory
-from tokcx_lib.laws import Gaussian
-from tokcx_lib.streaming import drawn_blocks, stream_attention
+from tokcx_lib.bench.suite import peak_memory
+from tokcx_lib.theory.laws import Gaussian
+from tokcx_lib.sampling.streaming import drawn_blocks, stream_attention
 law, q = Gaussian(torch.eye(16)), torch.eye(8, 16) / 2
 stream_attention(q, drawn_blocks(law, 0, 0, 10**5), [10**5])
 before = peak_memory()

@@ -1,13 +1,15 @@
 """An encoder that reads some of its keys: the model's own output where it reads all, and loops over lists where not."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 import transformers
-from types import SimpleNamespace
 
-from tokcx_lib import architectures, heads, runtime, subsampled
-from tokcx_lib.heads import TextModel
+from tokcx_lib import runtime
+from tokcx_lib.models import architectures, loading, subsampled
+from tokcx_lib.models.loading import TextModel
 
 SIZES = dict(vocab_size=60, hidden_size=24, intermediate_size=16, num_hidden_layers=2, max_position_embeddings=40)
 KINDS = {
@@ -32,7 +34,7 @@ def small(kind="Bert"):
 
 @pytest.fixture(scope="module")
 def minilm():
-    return heads.load_model("minilm")
+    return loading.load_model("minilm")
 
 
 def own_output(model, batch):
@@ -70,7 +72,7 @@ def test_the_embedded_model_with_every_key(minilm):
 
 
 def layer_by_hand(layer, x, lists, heads):
-    """A BERT layer on one context (n, d), float64, with attention over lists of keys, head by head and query by query."""
+    """A BERT layer on one context (n, d), float64, attention over lists of keys, head by head and query by query."""
     own = layer.attention.self
     q, k, v = ((x @ m.weight.double().T + m.bias.double()).chunk(heads, -1) for m in (own.query, own.key, own.value))
     out = torch.zeros_like(x)

@@ -5,7 +5,9 @@ import pandas as pd
 import pytest
 import torch
 
-from tokcx_lib import fits, geometry, laws, runtime, sweeps
+from tokcx_lib import runtime
+from tokcx_lib.sampling import fits, forms, scalar, sweeps
+from tokcx_lib.theory import geometry, laws, limits
 
 LENGTHS = [1, 2, 7, 40, 60]
 
@@ -34,7 +36,7 @@ def random_case(dim, seed):
 @pytest.mark.parametrize("dim", [1, 3])
 def test_moment_sweep_is_plain_softmax(dim):
     law, A, V = random_case(dim, seed=dim)
-    m, C = (part.numpy() for part in sweeps.gaussian_limit(law, A, V))
+    m, C = (part.numpy() for part in limits.gaussian_limit(law, A, V))
     table = sweeps.moment_sweep(law, A, V, LENGTHS, 3, seed=5)
     assert list(table.columns) == ["replicate", "n", "mean_error", "cov_error"] and len(table) == 3 * len(LENGTHS)
     for row in table.itertuples():
@@ -65,7 +67,7 @@ def test_table_of_a_scalar_map_serves_awkward_tokens(kind):
     slopes = [-0.7, 0.0, 1.3]
     lengths = sorted({1, 2, len(tokens)})
     width = (tokens.max() - tokens.min()).item()
-    found = sweeps._scalar_moments(tokens, slopes, [[-2.0]], lengths)
+    found = scalar._scalar_moments(tokens, slopes, [[-2.0]], lengths)
     for slope, moments in zip(slopes, found):
         for i, n in enumerate(lengths):
             x = tokens[:n]
@@ -86,7 +88,7 @@ def test_a_subset_of_replicates_gives_the_same_rows():
 
 def test_the_limit_of_gaussian_tokens_is_that_of_many_draws():
     law, A, V = random_case(3, seed=20)
-    m, C = sweeps.gaussian_limit(law, A, V)
+    m, C = limits.gaussian_limit(law, A, V)
     image = law.tilted_mean(law.sample(400_000, runtime.stream(2)) @ torch.as_tensor(A).T) @ torch.as_tensor(V).T
     assert torch.allclose(image.mean(0), m, atol=5 * (C.trace().item() / 4e5) ** 0.5)
     assert torch.allclose(torch.cov(image.T), C, atol=0.02 * torch.linalg.matrix_norm(C).item())
@@ -121,10 +123,10 @@ def test_small_horizons_have_slope_one_half():
 
 
 def test_power_law_form():
-    A = sweeps.power_law_form(5, seed=2)
+    A = forms.power_law_form(5, seed=2)
     assert torch.allclose(torch.linalg.svdvals(A), 1 / torch.arange(1.0, 6.0, dtype=torch.float64))
     assert geometry.horizon(A, eye(5)) == pytest.approx(1)
-    assert torch.equal(A, sweeps.power_law_form(5, seed=2)) and not torch.equal(A, sweeps.power_law_form(5))
+    assert torch.equal(A, forms.power_law_form(5, seed=2)) and not torch.equal(A, forms.power_law_form(5))
 
 
 def curve(exponents, spread, replicates=30):

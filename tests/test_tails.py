@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special
 
-from tokcx_lib import laws, runtime, tails
-from tokcx_lib.heads import Head
-from tokcx_lib.softmax_law import softmax_moments
+from tokcx_lib import runtime
+from tokcx_lib.models.heads import Head
+from tokcx_lib.studies.real_heads import tails
+from tokcx_lib.theory import laws
+from tokcx_lib.theory.softmax_law import softmax_moments
 
 N = 100_000
 
@@ -108,7 +110,9 @@ def test_subgaussian_ratio_of_known_laws():
         tails.subgaussian_ratio(sample, points=200).item()
     )
     # Not sub-Gaussian: the ratio grows with the sample.
-    quantiles = [torch.logit((torch.arange(n, dtype=torch.float64) + 0.5) / n) for n in (100, 1000, N)]  # of the logistic law
+    quantiles = [
+        torch.logit((torch.arange(n, dtype=torch.float64) + 0.5) / n) for n in (100, 1000, N)
+    ]  # of the logistic law
     ratios = [tails.subgaussian_ratio(sample).item() for sample in quantiles]
     assert 1.05 < ratios[0] < ratios[1] < ratios[2]
     # A long lower tail does not show on the upper side.

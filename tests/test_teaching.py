@@ -85,8 +85,11 @@ def test_objectives_of_the_module():
     table = rows(PAGES["plan"].split("## What students will be able to do")[1].split("(teaching-prerequisites)")[0])
     assert 8 <= len(table) <= 10
     for row in table:
-        cell = re.sub(r"(\d+)\.(\d) to \1\.(\d)", lambda m: ", ".join(
-            f"{m[1]}.{k}" for k in range(int(m[2]), int(m[3]) + 1)), row[2])
+        cell = re.sub(
+            r"(\d+)\.(\d) to \1\.(\d)",
+            lambda m: ", ".join(f"{m[1]}.{k}" for k in range(int(m[2]), int(m[3]) + 1)),
+            row[2],
+        )
         objectives = set(cell.split(", "))
         assert all(re.fullmatch(r"\d+\.[1-6]", one) and int(one.split(".")[0]) in CHAPTERS for one in objectives)
         shown = re.findall(r"`([\d.]+) <(ex-[\w-]+)>`", row[3])

@@ -21,8 +21,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-import tokcx_lib
-from tokcx_lib import cli, corpora, heads, probe, tokenization
+from tokcx_lib import cli
+from tokcx_lib.models import corpora, loading, tokenization
+from tokcx_lib.models.tokens import first_ids, tokenize
+from tokcx_lib.probe import measure, report
 
 # ---- token ids ----
 
@@ -76,7 +78,7 @@ TRAINERS = {
 
 @pytest.fixture(scope="module")
 def minilm():
-    return heads.load_model("minilm")
+    return loading.load_model("minilm")
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +115,9 @@ def of_the_whole(tokenizer, text):
 PARTS = st.one_of(
     st.sampled_from(["\n", "\n\n", "\r\n", " ", "   \n", "\t", "\x0c", "\u2028", "\x85", ".", "\n\n\n \n"]),
     st.sampled_from([*SPECIAL, "[MASK]", "[SEP]", "<tool>", " <wide>\n", "<0x0A>", "▁", "<|end", "oftext|>"]),
-    st.sampled_from(["a", "the ", "return", " tokens", "_name", "(x)", "'s", "1234", "é", "e\u0301", "注意", "ﬁ", "🙂"]),
+    st.sampled_from(
+        ["a", "the ", "return", " tokens", "_name", "(x)", "'s", "1234", "é", "e\u0301", "注意", "ﬁ", "🙂"]
+    ),
     st.text(max_size=8).filter(lambda text: "\0" not in text),
     st.builds(str.__mul__, st.sampled_from(["a", "ab", " ", "\n", "=", "ein ", "x\n"]), st.integers(1, 900)),
 )
@@ -138,7 +142,7 @@ def test_pieces_have_the_ids_of_the_whole(kind, tokenizers, monkeypatch):
         pieces = [text[i : i + size] for i in range(0, len(text), size)]
         whole = of_the_whole(tokenizer, text)
         try:
-            found = probe.first_ids(SimpleNamespace(model=None, tokenizer=tokenizer), pieces).tolist()
+            found = first_ids(SimpleNamespace(model=None, tokenizer=tokenizer), pieces).tolist()
         except ValueError as error:  # refused, and for cause: a token that takes the blanks before it, however many
             named, taken = "reads as special" in str(error), "in pieces, got one that it cannot" in str(error)
             assert named and set(whole) & set(numbers) or taken and re.search(r"\s{64}<wide>", text), error
@@ -162,7 +166,7 @@ def test_the_time_is_in_proportion_to_the_text(kind, text, tokenizers, monkeypat
         return encode(tokenizer, texts, places)
 
     monkeypatch.setattr(tokenization, "_encode", counted)
-    assert len(heads.tokenize(SimpleNamespace(model=None, tokenizer=tokenizers[kind]), text)) or kind == "wordpiece"
+    assert len(tokenize(SimpleNamespace(model=None, tokenizer=tokenizers[kind]), text)) or kind == "wordpiece"
     assert sum(read) <= 6 * len(text)  # windows that double, and what they share
 
 
@@ -172,7 +176,7 @@ def test_a_text_that_hangs_together_without_end_is_refused(kind, run, tokenizers
         monkeypatch.setattr(tokenization, name, value)
     asked = iter([run * 1000] * 1000)
     with pytest.raises(ValueError, match="^text: expected words, got .* cannot read in pieces"):
-        probe.first_ids(SimpleNamespace(model=None, tokenizer=tokenizers[kind]), asked, 10**6)
+        first_ids(SimpleNamespace(model=None, tokenizer=tokenizers[kind]), asked, 10**6)
     assert len(list(asked)) > 950  # not all of it was waited for
 
 
@@ -181,7 +185,7 @@ def test_the_fixed_text_keeps_its_ids(minilm):
     text = corpora.open_corpus("scipy-docs")
     if text.sha256 != "ed045194817ca861420f9cd7643f434222d39079cd89d068533d66c821b2ff35":
         pytest.skip(f"the ids are those of the book's text, and this is that of {text.source}")
-    ids = heads.tokenize(minilm, text.text)
+    ids = tokenize(minilm, text.text)
     assert ids.dtype == np.int64 and len(ids) == 228_575
     known = "b64c1ce2ca305594fae036dde534ea4bb36ef4dccb711a08423738085129b164"
     assert hashlib.sha256(ids.tobytes()).hexdigest() == known
@@ -190,23 +194,23 @@ def test_the_fixed_text_keeps_its_ids(minilm):
 def test_names_of_special_tokens_are_text(minilm, tokenizers):
     tokenizer = minilm.tokenizer
     tokenizer.backend_tokenizer.encode_special_tokens = False
-    ids = heads.tokenize(minilm, "[CLS] one [MASK] two [PAD]\n[SEP]")
+    ids = tokenize(minilm, "[CLS] one [MASK] two [PAD]\n[SEP]")
     assert not set(ids) & set(tokenizer.all_special_ids)
     assert tokenizer.decode(ids).replace(" ", "") == "[cls]one[mask]two[pad][sep]"
     assert not tokenizer.backend_tokenizer.encode_special_tokens  # as it was
     for kind in ("unigram", "words between spaces"):  # a word of the vocabulary, which nothing tells from the token
         with pytest.raises(ValueError, match="^text: .*'<pad>', which this tokenizer reads as special"):
-            heads.tokenize(SimpleNamespace(model=None, tokenizer=tokenizers[kind]), "one <pad> two")
+            tokenize(SimpleNamespace(model=None, tokenizer=tokenizers[kind]), "one <pad> two")
     unknown = SimpleNamespace(model=None, tokenizer=tokenizers["words between spaces"])
-    assert len(set(heads.tokenize(unknown, "qqqq zzzz <unk>"))) == 1  # words that a vocabulary lacks are no fault
+    assert len(set(tokenize(unknown, "qqqq zzzz <unk>"))) == 1  # words that a vocabulary lacks are no fault
 
 
 @pytest.mark.parametrize("text", [None, 3, b"bytes", ["a", 3], "\ud800"], ids=repr)
 def test_what_is_no_text_is_named(text, minilm, tokenizers):
     for model in (minilm, SimpleNamespace(model=None, tokenizer=tokenizers["byte-level"])):
         with pytest.raises(ValueError, match="^text: expected"):
-            probe.first_ids(model, text)
-    assert len(heads.tokenize(minilm, "")) == len(probe.first_ids(model, [])) == 0
+            first_ids(model, text)
+    assert len(tokenize(minilm, "")) == len(first_ids(model, [])) == 0
 
 
 # ---- files and names ----
@@ -270,7 +274,7 @@ PLACES = {
 @pytest.fixture
 def probed(minilm, monkeypatch, capsys):
     """Run `tokcx probe` on a text: its exit code and what it says on standard error."""
-    monkeypatch.setattr(heads, "load_model", lambda *arguments: minilm)
+    monkeypatch.setattr(loading, "load_model", lambda *arguments: minilm)
 
     def run(text, *more):
         code = cli.main(["probe", "--text", str(text), "--layers", "0", "--tokens", "1000000", *more])
@@ -320,7 +324,7 @@ def test_without_a_network_one_line_at_once(probed, tmp_path, monkeypatch, caplo
 
     with socket.socket() as closed:  # a port where nobody listens
         closed.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:%d" % closed.getsockname()[1])
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("TOKCX_DATA", str(tmp_path))
@@ -336,7 +340,7 @@ def test_no_more_of_a_file_is_read_than_is_used(minilm, tmp_path):
     path = tmp_path / "damaged.gz"
     path.write_bytes(gzip.compress(LINES * 60)[:-9])
     corpus = corpora.open_corpus(path)
-    assert (probe.first_ids(minilm, corpus.pieces(), 2000) == heads.tokenize(minilm, LINES.decode())[:2000]).all()
+    assert (first_ids(minilm, corpus.pieces(), 2000) == tokenize(minilm, LINES.decode())[:2000]).all()
     for read in (lambda: corpus.text, lambda: corpus.sha256):
         with pytest.raises(ValueError, match="^corpus: expected UTF-8 text"):
             read()
@@ -357,16 +361,15 @@ def test_characters_that_lie_across_two_blocks(tmp_path, monkeypatch):
 
 
 def test_the_report_tells_the_checksum_of_what_was_read(probed, minilm, tmp_path, monkeypatch):
-    from tokcx_lib import report
 
     (tmp_path / "a.txt").write_bytes(LINES * 60)
     told = {}
     columns = ["layer", "head", "horizon", "coupling", "load_median", "load_95", "exponent_sharp", "tokens_10_percent"]
     table = pd.DataFrame([dict.fromkeys(columns, 1) | {"phase": "averaging"}])
-    monkeypatch.setattr(probe, "probe", lambda *arguments, **options: table)
+    monkeypatch.setattr(measure, "probe", lambda *arguments, **options: table)
     monkeypatch.setattr(report, "write", lambda table, meta, out: told.update(meta) or [])
     assert probed(tmp_path / "a.txt", "--tokens", "400", "--out", str(tmp_path / "out")) == (0, "")
-    ids = heads.tokenize(minilm, LINES.decode())[:400]
+    ids = tokenize(minilm, LINES.decode())[:400]
     assert told["text_sha256"] is None and told["tokens_sha256"] == hashlib.sha256(ids.tobytes()).hexdigest()
 
 
@@ -374,14 +377,15 @@ MEASURED = """
 import resource, sys
 from transformers import PreTrainedTokenizerFast
 from types import SimpleNamespace
-from tokcx_lib import corpora, probe
+from tokcx_lib.models import corpora
+from tokcx_lib.models.tokens import first_ids
 
 model = SimpleNamespace(model=None, tokenizer=PreTrainedTokenizerFast(tokenizer_file=sys.argv[1]))
-probe.first_ids(model, "Some words. " * 100_000, 2000)
+first_ids(model, "Some words. " * 100_000, 2000)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 before = peak()
 corpus = corpora.open_corpus(sys.argv[2])
-assert len(probe.first_ids(model, corpus.pieces(), 2000)) == 2000
+assert len(first_ids(model, corpus.pieces(), 2000)) == 2000
 assert len(corpus.sha256) == 64
 print(peak() - before)
 """

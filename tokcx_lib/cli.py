@@ -57,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--device", help="cpu, cuda, cuda:1 … (default: TOKCX_DEVICE or cpu)")
     seen = "tokens the model sees at once (default: 256, or as many as it can)"
     probe.add_argument("--context", type=_count(1), help=seen)
-    probe.add_argument("--out", type=Path, help="folder for heads.csv, report.html, figures; a stopped probe resumes there")
+    probe.add_argument(
+        "--out", type=Path, help="folder for heads.csv, report.html, figures; a stopped probe resumes there"
+    )
     probe.add_argument("--force", action="store_true", help="replace what another probe left in that folder")
     probe.set_defaults(action=_probe)
 
@@ -74,7 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--device", help="cpu, cuda, cuda:1 …")
     run.add_argument("--replicates", type=_count(1, 10**6), help="how many (default: those of the profile)")
     run.add_argument("--resume", action="store_true", help="go on from the units that an earlier run left")
-    run.add_argument("--out", type=Path, help="folder of the record (default: the book's for full, quick-records for quick)")
+    run.add_argument(
+        "--out", type=Path, help="folder of the record (default: the book's for full, quick-records for quick)"
+    )
     run.set_defaults(action=_run)
 
     verify = actions.add_parser("verify", help="check a record: its checksum, its schema, and some units run again")
@@ -137,10 +141,12 @@ def _layers(text: str) -> list[int]:
 
 
 def _require_folder(out: Path) -> None:
-    """Raise ValueError if there is something at a path, or on the way to it, that is no folder: said before long work."""
+    """Raise ValueError if something at a path, or on the way to it, is no folder: said before long work."""
     for path in (out, *out.parents):
         if path.exists() and not path.is_dir():
-            raise ValueError(f"out: expected a folder, got {out}" + (f": {path} is none" if path != out else ", which is none"))
+            raise ValueError(
+                f"out: expected a folder, got {out}" + (f": {path} is none" if path != out else ", which is none")
+            )
 
 
 def _probe(options: argparse.Namespace) -> None:
@@ -155,10 +161,12 @@ def _probe(options: argparse.Namespace) -> None:
 
 
 def _probe_into(options: argparse.Namespace) -> None:
-    from tokcx_lib import records, report
-    from tokcx_lib.corpora import open_corpus
-    from tokcx_lib.heads import load_model
-    from tokcx_lib.probe import default_context, discard_checkpoint, first_ids, plan, probe
+    from tokcx_lib import records
+    from tokcx_lib.models.corpora import open_corpus
+    from tokcx_lib.models.loading import load_model
+    from tokcx_lib.models.tokens import first_ids
+    from tokcx_lib.probe import report
+    from tokcx_lib.probe.measure import default_context, discard_checkpoint, plan, probe
 
     corpus = open_corpus(options.text)
     model = load_model(options.model, options.device)
@@ -198,7 +206,7 @@ def _shown(table):
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from tokcx_lib.softmax_law import MOST_TILT, MOST_TOKENS
+    from tokcx_lib.theory.softmax_law import MOST_TILT, MOST_TOKENS
 
     given = {name for name in ("load", "error", "horizon", "tokens") if getattr(options, name) is not None}
     if not given or given not in ({"load"}, {"load", "error"}, {"load", "tokens"}, {"horizon", "tokens"}):
@@ -212,21 +220,24 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _predict_load(options: argparse.Namespace) -> None:
-    from tokcx_lib import finite_n
+    from tokcx_lib.theory import budgets, softmax_law
 
     load = options.load
-    budget = finite_n.token_budget(load)
+    budget = budgets.token_budget(load)
     print(f"load {load:g}, Gaussian tokens, one query")
     print(f"  not frozen beyond        n = e^(s²/2) = {_tokens(budget.unfrozen, load**2 / 2)}")
     print(f"  errors like 1/√n beyond  n = e^(2s²)  = {_tokens(budget.clt, 2 * load**2)}")
     if options.error is not None:
-        needed = finite_n.sample_complexity(load, options.error)
+        needed = budgets.sample_complexity(load, options.error)
         print(f"  relative error {options.error:g} at   n = {needed:.4g}")
     if options.tokens is not None:
-        error = float(finite_n.relative_error(options.tokens, load))
-        found = finite_n.softmax_moments(options.tokens, load)
-        print(f"  at n = {options.tokens:g}: reduced load {_reduced(load, options.tokens)}, relative error {error:.3g},")
-        print(f"    mean {float(found.mean):.4g} of {load:g}, 1 / participation {1 / float(found.participation):.4g} tokens")
+        error = float(budgets.relative_error(options.tokens, load))
+        found = softmax_law.softmax_moments(options.tokens, load)
+        print(
+            f"  at n = {options.tokens:g}: reduced load {_reduced(load, options.tokens)}, relative error {error:.3g},"
+        )
+        share = float(found.participation)
+        print(f"    mean {float(found.mean):.4g} of {load:g}, 1 / participation {1 / share:.4g} tokens")
 
 
 def _tokens(n: float, log_n: float) -> str:
@@ -239,18 +250,23 @@ def _reduced(load: float, n: float) -> str:
 
 
 def _predict_horizon(horizon: float, n: float) -> None:
-    from tokcx_lib import finite_n, rates
+    from tokcx_lib.theory import moment_bias, rates
 
-    bias = finite_n.second_moment_bias(n, [[horizon]]).item()
+    bias = moment_bias.second_moment_bias(n, [[horizon]]).item()
     print(f"horizon {horizon:g}, coupling {horizon**2:g}, scalar Gaussian tokens")
-    for kind, what in (("gaussian", "error of the moments"), ("bias", "bias of the second moment"), ("reported", "reported rate")):
+    for kind, what in (
+        ("gaussian", "error of the moments"),
+        ("bias", "bias of the second moment"),
+        ("reported", "reported rate"),
+    ):
         print(f"  {what:26s} n^-{rates.exponent(horizon**2, kind):.4f}")
     print(f"  at n = {n:g}: second moment {horizon**2 + bias:.4g}, limit {horizon**2:.4g} ({bias / horizon**2:+.2%})")
 
 
 def _run(options: argparse.Namespace) -> None:
-    from tokcx_lib import records, runs
-    from tokcx_lib.experiments import EXPERIMENTS
+    from tokcx_lib import records
+    from tokcx_lib.studies import runs
+    from tokcx_lib.studies.registry import EXPERIMENTS
 
     if options.name not in EXPERIMENTS:
         raise ValueError(f"experiment: expected one of {', '.join(EXPERIMENTS)}, got {options.name!r}")
@@ -264,8 +280,9 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from tokcx_lib import records, runs
-    from tokcx_lib.experiments import EXPERIMENTS
+    from tokcx_lib import records
+    from tokcx_lib.studies import runs
+    from tokcx_lib.studies.registry import EXPERIMENTS
 
     budget = runs.BUDGET if options.seconds is None else options.seconds
     if not 0 <= budget < math.inf:
@@ -278,16 +295,18 @@ def _verify(options: argparse.Namespace) -> None:
     meta, units, difference = runs.verify(options.name, experiment, options.device, options.out, budget)
     print(f"{options.name}: {meta['rows']} rows, sha256 {meta['sha256'][:12]} matches, device: {meta['device']}")
     if units:
-        print(f"units {', '.join(map(str, units))} run again: no number differs by more than {difference:.1e} of the largest")
+        again = ", ".join(map(str, units))
+        print(f"units {again} run again: no number differs by more than {difference:.1e} of the largest")
     elif budget > 0 and not affordable:
         print(f"no unit run again: one takes about {takes:.0f} s (--seconds {math.ceil(takes)})")
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from tokcx_lib import bench, records
+    from tokcx_lib import records
+    from tokcx_lib.bench import suite
 
     _require_folder(options.out)
-    path = bench.run(options.profile, options.device, options.only, options.out)
+    path = suite.run(options.profile, options.device, options.only, options.out)
     table, meta = records.load(path.stem, options.out)
     shown = table.drop(columns=["low", "high"])
     print(shown.to_string(index=False, float_format=lambda number: f"{number:.3g}"))

@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.ticker import NullFormatter
 
-from tokcx_lib import finite_n
-from tokcx_lib.softmax_law import MOST_TILT
+from tokcx_lib.theory import budgets
+from tokcx_lib.theory.softmax_law import MOST_TILT
 
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
 INK = "#000000"
@@ -48,9 +48,7 @@ def use_style() -> None:
     )
 
 
-def error_curves(
-    ax: Axes, table: pd.DataFrame, error: str, by: str, labels: dict | None = None, scale=None
-) -> None:
+def error_curves(ax: Axes, table: pd.DataFrame, error: str, by: str, labels: dict | None = None, scale=None) -> None:
     """Mean error against n on logarithmic axes, with two standard errors over replicates, labelled at the right end.
 
     Parameters
@@ -174,8 +172,8 @@ def phase_diagram(
 ) -> None:
     """The phases of a query in the plane of its load and the number of tokens, with contours of its relative error.
 
-    Tints and dashed lines: the token budgets n = e^{s^2/2} and n = e^{2 s^2} (`finite_n.token_budget`), reduced load 1
-    and 1/2. Contours: `finite_n.relative_error`, the exact law of Gaussian tokens. Both axes are logarithmic.
+    Tints and dashed lines: the token budgets n = e^{s^2/2} and n = e^{2 s^2} (`budgets.token_budget`), reduced load 1
+    and 1/2. Contours: `budgets.relative_error`, the exact law of Gaussian tokens. Both axes are logarithmic.
 
     Parameters
     ----------
@@ -190,7 +188,7 @@ def phase_diagram(
     for end in ends:
         ax.plot(s, end, "--", color=INK, linewidth=1.1)
     levels = np.log(sorted(errors))
-    logarithm = np.log(finite_n.relative_error(n[:, None], np.minimum(s, MOST_TILT)))
+    logarithm = np.log(budgets.relative_error(n[:, None], np.minimum(s, MOST_TILT)))
     ax.set(xscale="log", yscale="log", xlim=loads, ylim=tokens, xlabel="load $s$", ylabel="tokens $n$")
     curves = ax.contour(s, n, logarithm, levels, colors=INK, linestyles="-", linewidths=0.9, alpha=0.75)
     left = s[8]

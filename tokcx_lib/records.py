@@ -20,7 +20,7 @@ import textwrap
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -115,7 +115,7 @@ def provenance(device: str | torch.device = "cpu") -> dict:
             "numpy": numpy.__version__,
         },
         "commit": _commit(),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
@@ -226,7 +226,9 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            raise ValueError(f"out: {folder} is in use by another process; wait for it, or choose another folder") from None
+            raise ValueError(
+                f"out: {folder} is in use by another process; wait for it, or choose another folder"
+            ) from None
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
                 file.close()
@@ -293,7 +295,9 @@ def _verified(name: str, path) -> tuple[bytes, dict]:
         content = gzip.decompress(stored) if tables[0].suffix == ".gz" else stored
         table = pandas.read_csv(BytesIO(content))
     except (ValueError, OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"record {name!r}: expected a table in {tables[0].name}, got what cannot be read ({error})") from error
+        raise ValueError(
+            f"record {name!r}: expected a table in {tables[0].name}, got what cannot be read ({error})"
+        ) from error
     if list(table.columns) != meta["columns"] or len(table) != meta["rows"]:
         raise ValueError(f"record {name!r}: expected {meta['rows']} rows of {meta['columns']}, got {table.shape}")
     return content, meta

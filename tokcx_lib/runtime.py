@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -101,3 +103,14 @@ def report() -> str:
     chosen = device()
     name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else chosen.type
     return f"device: {name}, profile: {profile()}"
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for many small operations: starting more for each costs more than it gains."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

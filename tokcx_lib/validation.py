@@ -48,6 +48,7 @@ def naming(names: str) -> Iterator[None]:
 
 # ------------------------------------------------------------ tensors
 
+
 def as_tensor(name: str, value, ndim: int | None = None, finite: bool = True) -> Tensor:
     """A floating-point tensor made from numbers, lists, numpy arrays, pandas tables or tensors: finite, unless that is
     not asked for, with `ndim` axes if given.
@@ -289,6 +290,7 @@ def _require_logits(q: Tensor, k: Tensor) -> None:
 
 # ------------------------------------------------------------ numbers
 
+
 def as_number(name: str, value, least: float = -math.inf, most: float = math.inf, finite: bool = True) -> float:
     """A number from `least` to `most`; finite, unless that is not asked for."""
     number = _number(value)
@@ -340,6 +342,7 @@ def as_flag(name: str, value) -> bool:
 
 # ------------------------------------------------------------ lists and things
 
+
 def as_list(name: str, value, what: str = "things", least: int = 1) -> list:
     """A list made from any iterable but a text, of at least so many items."""
     try:
@@ -367,6 +370,17 @@ def as_lengths(name: str, value: Sequence[int], most: int) -> list[int]:
     if lengths[-1] > most:
         raise ValueError(f"{name}: expected integers from 1 to the number of tokens, {most}, got {shown(given)}")
     return lengths
+
+
+def as_replicates(replicates: int | Iterable[int]) -> list[int]:
+    """Numbers of the replicates to run: so many, or those given."""
+    if isinstance(replicates, Iterable) and getattr(replicates, "ndim", 1):
+        given = as_list("replicates", replicates, "numbers of replicates")
+        numbers = [as_count("replicates", r, least=0, most=2**62) for r in given]
+        if len(set(numbers)) < len(numbers):
+            raise ValueError(f"replicates: expected different numbers, at least one, got {numbers}")
+        return numbers
+    return list(range(as_count("replicates", replicates)))
 
 
 def as_kind(name: str, value: Kind, *kinds: type[Kind]) -> Kind:

@@ -1,8 +1,8 @@
 """Student and instructor copies of the chapters, for a course: `make course` writes them into `dist/course`.
 
 Both are made from the executed chapters, with MyST turned into plain Markdown, so that any notebook program shows them.
-In a student copy every solution is replaced by a stub that raises NotImplementedError, and the figures that the solution
-drew are kept to compare with. The copies are never edited by hand.
+In a student copy every solution is replaced by a stub that raises NotImplementedError, and the figures that the
+solution drew are kept to compare with. The copies are never edited by hand.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ Run it with the book's environment: `README.md`, beside this file, says how. (`g
 book's pages; here its calls do nothing.) {rest}"""
 REST = {
     "student": "The outputs shown are those you should get. Each exercise ends in a cell that raises "
-    "`NotImplementedError`: put your work in its place, set `answer`, and let `check.exercise` tell you whether it is right.",
+    "`NotImplementedError`: put your work in its place, set `answer`, and let `check.exercise` tell you whether it "
+    "is right.",
     "instructor": "Every exercise is followed by its solution.",
 }
 README = """\
@@ -51,7 +52,7 @@ A chapter runs in about a minute on two CPU cores. No network is needed.
 
 
 def pieces(notebook: nbformat.NotebookNode) -> Iterator[tuple[str, str | nbformat.NotebookNode]]:
-    """The cells in order, ("cell", cell), cut where an exercise or solution starts or ends: ("solution-start", label)."""
+    """The cells in order, ("cell", cell), cut where an exercise or solution starts or ends: ("solution-start", …)."""
     for cell in notebook.cells:
         if cell.cell_type != "markdown":
             yield "cell", cell
@@ -131,9 +132,8 @@ def expected(pictures: list[str]) -> list[nbformat.NotebookNode]:
 
 def stub(number: str, title: str) -> nbformat.NotebookNode:
     """The cell that stands where the solution stood."""
-    return new_code_cell(
-        f"raise NotImplementedError({f'exercise {number}: {title}'!r})\nanswer = ...\ncheck.exercise({number!r}, answer)"
-    )
+    raised = f"raise NotImplementedError({f'exercise {number}: {title}'!r})"
+    return new_code_cell(f"{raised}\nanswer = ...\ncheck.exercise({number!r}, answer)")
 
 
 def write_copies(root: Path, out: Path) -> list[Path]:
@@ -164,7 +164,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="where to (default: dist/course in the project's folder)")
     options = parser.parse_args(arguments)
     root = options.root.resolve()
-    stale = {path.name: problems for path in notebooks.chapters(root, []) if (problems := notebooks.check_chapter(path, root))}
+    stale = {
+        path.name: problems
+        for path in notebooks.chapters(root, [])
+        if (problems := notebooks.check_chapter(path, root))
+    }
     if stale:
         print("\n".join(f"{name}: {problem}" for name, found in stale.items() for problem in found), file=sys.stderr)
         print("copies are made from fresh chapters: `make run` first", file=sys.stderr)

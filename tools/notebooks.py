@@ -50,6 +50,7 @@ ENVIRONMENT = {
 
 # ---------------------------------------------------------------- reading
 
+
 def source_notebook(path: Path) -> nbformat.NotebookNode:
     """The notebook that the MyST file `path` describes: no outputs, and cell ids that depend on positions only."""
     notebook = jupytext.read(path, fmt="md:myst")
@@ -73,6 +74,7 @@ def code_of(notebook: nbformat.NotebookNode) -> str:
 
 
 # ----------------------------------------------------------------- stamps
+
 
 def imported_names(code: str, package: str = "") -> set[str]:
     """Dotted names that `code` imports; `package` is the one it lives in, for relative imports.
@@ -148,6 +150,7 @@ def digest(data: bytes) -> str:
 
 # ----------------------------------------------------------------- checks
 
+
 def stale_outputs(source: nbformat.NotebookNode, stored: nbformat.NotebookNode, root: Path) -> list[str]:
     """Why the stored outputs are not those of the source: empty if they are."""
     problems = []
@@ -163,7 +166,9 @@ def stale_outputs(source: nbformat.NotebookNode, stored: nbformat.NotebookNode, 
         if cell.execution_count is None:
             problems.append(f"{label(stored, cell)} was not executed")
         elif cell.execution_count != count:
-            problems.append(f"{label(stored, cell)} was executed out of order: number {cell.execution_count}, not {count}")
+            problems.append(
+                f"{label(stored, cell)} was executed out of order: number {cell.execution_count}, not {count}"
+            )
     return problems
 
 
@@ -229,6 +234,7 @@ def same_cells(source: nbformat.NotebookNode, stored: nbformat.NotebookNode) -> 
 
 # ------------------------------------------------------------------- runs
 
+
 def execute(notebook: nbformat.NotebookNode, root: Path) -> None:
     """Run the cells in place, in a new kernel of this Python, in the folder of the chapters."""
     # The library of this tree, whichever is installed, for this kernel alone: the next may be of another tree.
@@ -280,8 +286,9 @@ def write(path: Path, notebook: nbformat.NotebookNode) -> None:
 
 # ------------------------------------------------------------------- main
 
+
 def chapters(root: Path, wanted: list[str]) -> list[Path]:
-    """Sources of the chapters named (`07`, `07_real_heads`, or a path), or of all of them, twins without one included."""
+    """Sources of the chapters named (`07`, `07_real_heads`, or a path), or of all, twins without one included."""
     files = (file for file in (root / "chapters").iterdir() if file.suffix in (".md", ".ipynb"))
     every = sorted({file.with_suffix(".md") for file in files})
     if not wanted:

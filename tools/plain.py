@@ -18,7 +18,9 @@ from pybtex.richtext import Text
 
 from tools import notebooks
 
-DIRECTIVE = re.compile(r"^```\{(?P<name>[\w:-]+)\} *(?P<title>[^\n]*)\n(?P<options>(?::[\w-]+:[^\n]*\n)*)(?P<body>.*?)^```$", re.M | re.S)
+DIRECTIVE = re.compile(
+    r"^```\{(?P<name>[\w:-]+)\} *(?P<title>[^\n]*)\n(?P<options>(?::[\w-]+:[^\n]*\n)*)(?P<body>.*?)^```$", re.M | re.S
+)
 EQUATION = re.compile(r"^\$\$\n(?P<body>.*?)^\$\$ *(?:\((?P<label>[\w-]+)\))?$", re.M | re.S)
 ROLE = re.compile(r"\{(?P<name>[\w:]+)\}`(?P<text>[^`]*)`")
 ANCHOR = re.compile(r"^\((?P<label>[\w-]+)\)=\n(?P<heading>#+ [^\n]*\n)?", re.M)
@@ -67,7 +69,9 @@ def labels(notebook: nbformat.NotebookNode, chapter: int) -> dict[str, str]:
                 number("figure", figure["name"], "Figure {}")
             continue
         found |= headings(cell.source)
-        for at in sorted([*DIRECTIVE.finditer(cell.source), *EQUATION.finditer(cell.source)], key=lambda at: at.start()):
+        for at in sorted(
+            [*DIRECTIVE.finditer(cell.source), *EQUATION.finditer(cell.source)], key=lambda at: at.start()
+        ):
             if at.re is EQUATION:
                 label = at["label"]
                 if label:

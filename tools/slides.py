@@ -1,9 +1,9 @@
 """The lectures as slides: `make slides` writes them into `dist/course/slides`, with every script beside them.
 
-A lecture is a Markdown file in `book/teaching/slides`. A line `---` starts a slide, a line `Note:` what the speaker says
-(key S in the browser). A line `!figure 05_gaussian_horizon fig-gaussian-horizon` shows that figure of a chapter, and a
-glued value has the number of its chapter before its name: {glue:text}`03/slope-2`. Pictures, theorems and numbers are
-thus those of the book.
+A lecture is a Markdown file in `book/teaching/slides`. A line `---` starts a slide, a line `Note:` what the speaker
+says (key S in the browser). A line `!figure 05_gaussian_horizon fig-gaussian-horizon` shows that figure of a chapter,
+and a glued value has the number of its chapter before its name: {glue:text}`03/slope-2`. Pictures, theorems and numbers
+are thus those of the book.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def lecture(text: str, root: Path, book: plain.Book) -> nbformat.NotebookNode:
     ValueError
         If a chapter has no such figure.
     """
-    stored = {path.stem: nbformat.read(path.with_suffix(".ipynb"), as_version=4) for path in notebooks.chapters(root, [])}
+    stored = {
+        path.stem: nbformat.read(path.with_suffix(".ipynb"), as_version=4) for path in notebooks.chapters(root, [])
+    }
     values = {f"{stem[:2]}/{name}": value for stem, nb in stored.items() for name, value in plain.glued(nb).items()}
 
     def written(words: str) -> list[nbformat.NotebookNode]:
@@ -81,7 +83,10 @@ def write_slides(root: Path, out: Path) -> list[Path]:
     """Write every lecture as a page into `out`, which is replaced, with reveal.js and MathJax; the pages."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    site = lambda name: Path(importlib.util.find_spec(name).origin).parent
+
+    def site(name: str) -> Path:
+        return Path(importlib.util.find_spec(name).origin).parent
+
     reveal = site("sphinx_revealjs") / "_static" / "revealjs"
     for part in ("dist", "plugin/notes"):
         shutil.copytree(reveal / part, out / "reveal" / part)
@@ -89,7 +94,9 @@ def write_slides(root: Path, out: Path) -> list[Path]:
     config = Config()
     config.TemplateExporter.extra_template_basedirs = [str(Path(__file__).parent)]
     config.TagRemovePreprocessor.update({"enabled": True, "remove_input_tags": {"hide"}})
-    exporter = SlidesExporter(config=config, template_name="slides_template", reveal_url_prefix="reveal", reveal_theme="white")
+    exporter = SlidesExporter(
+        config=config, template_name="slides_template", reveal_url_prefix="reveal", reveal_theme="white"
+    )
     book, pages = plain.read_book(root), []
     for path in sorted((root / "book" / "teaching" / "slides").glob("*.md")):
         text = path.read_text(encoding="utf-8")

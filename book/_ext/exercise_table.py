@@ -1,4 +1,4 @@
-"""The index of exercises, read from the chapters when the book is built: `{exercise-table}` is a table for each chapter."""
+"""The index of exercises, read from the chapters at build time: `{exercise-table}` is a table for each chapter."""
 
 import re
 from pathlib import Path
@@ -8,8 +8,12 @@ from docutils import nodes
 from docutils.statemachine import StringList
 from sphinx.util.docutils import SphinxDirective
 
-EXERCISE = re.compile(r"^```\{exercise-start\} (?P<title>[^\n]+)\n:label: (?P<label>\S+)\n```\n\*\((?P<head>[^)]+)\)\*", re.M)
-HEAD = re.compile(r"(?P<kind>[a-z ]+), (?P<minutes>\d+) minutes, objective (?P<objective>\d)(?P<stretching>, stretching)?")
+EXERCISE = re.compile(
+    r"^```\{exercise-start\} (?P<title>[^\n]+)\n:label: (?P<label>\S+)\n```\n\*\((?P<head>[^)]+)\)\*", re.M
+)
+HEAD = re.compile(
+    r"(?P<kind>[a-z ]+), (?P<minutes>\d+) minutes, objective (?P<objective>\d)(?P<stretching>, stretching)?"
+)
 
 
 class Exercise(NamedTuple):
@@ -51,7 +55,13 @@ class ExerciseTable(SphinxDirective):
             lines += ["| | exercise | kind | minutes | objective |", "|---|---|---|---:|---:|"]
             for exercise in found:
                 kind = exercise.kind + (", stretching" if exercise.stretching else "")
-                row = (exercise.number, f"{{ref}}`{exercise.title} <{exercise.label}>`", kind, exercise.minutes, exercise.objective)
+                row = (
+                    exercise.number,
+                    f"{{ref}}`{exercise.title} <{exercise.label}>`",
+                    kind,
+                    exercise.minutes,
+                    exercise.objective,
+                )
                 lines.append("| " + " | ".join(map(str, row)) + " |")
         holder = nodes.container()
         self.state.nested_parse(StringList(lines, source=self.env.docname), self.content_offset, holder)

@@ -76,7 +76,9 @@ def browser(chromium: str, chromedriver: str) -> Iterator[Browser]:
             "goog:chromeOptions": {"binary": chromium, "args": flags},
             "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
         }
-        with subprocess.Popen([chromedriver, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as driver:
+        with subprocess.Popen(
+            [chromedriver, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as driver:
             try:
                 # "ChromeDriver was started successfully on port 12345."
                 started = next(line for line in driver.stdout if "started successfully on port" in line)
@@ -94,7 +96,10 @@ def browser(chromium: str, chromedriver: str) -> Iterator[Browser]:
 def typeset(session: Browser, seconds: float = 30) -> bool:
     """Wait until MathJax, where the page has it, is done; False if it never is."""
     end = time.monotonic() + seconds
-    done = "return !document.querySelector('.math') || (window.MathJax?.startup?.promise ? MathJax.startup.promise.then(() => true) : false)"
+    done = (
+        "return !document.querySelector('.math') ||"
+        "(window.MathJax?.startup?.promise ? MathJax.startup.promise.then(() => true) : false)"
+    )
     while time.monotonic() < end:
         if session.run(done):
             return True

@@ -9,11 +9,10 @@ import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import browser as driven
 import pytest
 
-import browser as driven
 from tools.notebooks import ROOT
-
 
 NAMES = ("chromium", "chromium-browser", "google-chrome"), ("chromedriver",)
 MISSING = "a browser test needs Chromium and its driver, which pip does not bring: apt install chromium chromium-driver"
@@ -27,7 +26,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def browser():
-    """What opens a browser. Without one on this machine the test is skipped; under CI, where nobody would see, it fails.
+    """What opens a browser. Without one the test is skipped; under CI, where nobody would see, it fails.
 
     To be asked for before `html`, so that a test that is skipped does not build the book.
     """

@@ -1,4 +1,4 @@
-"""The interactive page, in a browser: its numbers are the library's, its points lie where the axes say, the keyboard works."""
+"""The interactive page, in a browser: numbers are the library's, points lie where the axes say, the keyboard works."""
 
 import math
 import re
@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from browser import network, typeset
 
-from tokcx_lib import finite_n, softmax_law
+from tokcx_lib.theory import budgets, softmax_law
 
 PAGE = "book/teaching/interactive.html"
 # Positions of the sliders, as fractions of their ranges: corners and what lies between.
 POSITIONS = [(0, 0), (0, 1), (1, 0), (1, 1), (0.2, 0.5), (0.5, 0.1), (0.5, 0.9), (0.7, 0.45), (0.8, 0.7), (0.9, 0.3)]
 CLOSE = 1e-9
 
-# What the page shows: its numbers, and in each figure the marked point, the grid lines (value and place) and the curves.
+# What the page shows: its numbers, and in each figure the marked point, the grid lines and the curves.
 STATE = """
 const centre = (e) => { const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; };
 const figure = (name) => {
@@ -24,15 +24,16 @@ const figure = (name) => {
         point: centre(point), data: {...point.dataset},
         x: [...svg.querySelectorAll(".grid[data-x]")].map((e) => [Number(e.dataset.x), centre(e)[0]]),
         y: [...svg.querySelectorAll(".grid[data-y]")].map((e) => [Number(e.dataset.y), centre(e)[1]]),
-        paths: Object.fromEntries([...svg.querySelectorAll("path")].map((e) => [e.className.baseVal, e.getAttribute("d")])),
-        origin: [svg.getBoundingClientRect().x, svg.getBoundingClientRect().y],
+        paths: Object.fromEntries([...svg.querySelectorAll("path")].map((e) => [e.className.baseVal,
+        e.getAttribute("d")])), origin: [svg.getBoundingClientRect().x, svg.getBoundingClientRect().y],
         role: svg.getAttribute("role"), desc: svg.querySelector("desc").textContent,
     };
 };
 return {
     curve: figure("tokcx-curve"), phases: figure("tokcx-phases"),
-    parts: Object.fromEntries([...document.querySelectorAll("#tokcx-figure [data-part]")].map((e) => [e.dataset.part, e.textContent])),
-    words: ["horizon", "tokens"].map((name) => document.getElementById("tokcx-" + name).getAttribute("aria-valuetext")),
+    parts: Object.fromEntries([...document.querySelectorAll("#tokcx-figure [data-part]")].map((e) => [e.dataset.part,
+    e.textContent])), words: ["horizon", "tokens"].map((name) => document.getElementById("tokcx-" +
+    name).getAttribute("aria-valuetext")),
 }
 """
 MOVE = """
@@ -96,7 +97,7 @@ def test_numbers_are_those_of_the_library(session, states):
     points = [where(state) for state in states] + [(1.37, 12345), (3.3, 1), (0.02, 50), (20, 1e20)]
     for load, n in points:
         law = softmax_law.softmax_moments(n, load)
-        expected = [finite_n.relative_error(n, load), law.participation, law.mean]
+        expected = [budgets.relative_error(n, load), law.participation, law.mean]
         names = ["relativeError", "participation", "mean"]
         found = [session.run(f"return tokcx.{name}(...arguments)", load, n) for name in names]
         # The mean alone may be nearly zero, where a single token is read.
@@ -107,7 +108,7 @@ def test_numbers_are_those_of_the_library(session, states):
 @pytest.mark.parametrize("error", [0.5, 0.1, 0.01])
 def test_sample_complexity(session, load, error):
     found = session.run("return tokcx.sampleComplexity(...arguments)", load, error)
-    assert found == pytest.approx(finite_n.sample_complexity(load, error), rel=CLOSE)
+    assert found == pytest.approx(budgets.sample_complexity(load, error), rel=CLOSE)
 
 
 def test_values_without_a_meaning_are_refused(session):
@@ -119,24 +120,26 @@ def test_values_without_a_meaning_are_refused(session):
 def test_shown_numbers(states):
     for state in states:
         load, n = where(state)
-        law, budgets = softmax_law.softmax_moments(n, load), finite_n.token_budget(load)
+        law, budget = softmax_law.softmax_moments(n, load), budgets.token_budget(load)
         guide = math.sqrt((1 + load**2) * math.exp(load**2) / n) / load
         expected = {
             "horizon-value": load,
             "tokens-value": n,
-            "error": 100 * finite_n.relative_error(n, load),
+            "error": 100 * budgets.relative_error(n, load),
             "guide": 100 * guide,
             "mean": law.mean,
             "effective": 1 / law.participation,
             "sigma": load / math.sqrt(2 * math.log(n)),
-            "unfrozen": budgets.unfrozen,
-            "clt": budgets.clt,
-            "needed": finite_n.sample_complexity(load, 0.1),
+            "unfrozen": budget.unfrozen,
+            "clt": budget.clt,
+            "needed": budgets.sample_complexity(load, 0.1),
             "exponent": min(0.5, 1 / (1 + load**2)),
         }
         for name, value in expected.items():
             assert read(state["parts"][name]) == pytest.approx(value, rel=0.05), (load, n, name, state["parts"][name])
-        words = ["errors like 1/√n", "few tokens decide", "frozen"][(expected["sigma"] >= 0.5) + (expected["sigma"] >= 1)]
+        words = ["errors like 1/√n", "few tokens decide", "frozen"][
+            (expected["sigma"] >= 0.5) + (expected["sigma"] >= 1)
+        ]
         assert state["parts"]["sigma"].endswith(words)
         assert state["words"] == [f"horizon {load:g}", f"{n:,.0f} tokens"]
 
@@ -145,7 +148,7 @@ def test_points_lie_where_the_axes_say(states):
     for state in states:
         load, n = where(state)
         curve, phases = state["curve"], state["phases"]
-        error = float(finite_n.relative_error(n, load))
+        error = float(budgets.relative_error(n, load))
         for figure, x, y in ((curve, n, error), (phases, load, n)):
             expected = place(figure["x"], x), place(figure["y"], y)
             assert np.abs(np.subtract(figure["point"], expected)).max() < 1, (load, n)
@@ -157,7 +160,7 @@ def test_curves_are_the_exact_law(states):
         load, _ = where(state)
         curve, phases = state["curve"], state["phases"]
         tokens = np.geomspace(10, 1e9, 81)[::8]
-        laws = {"curve": finite_n.relative_error(tokens, load)}
+        laws = {"curve": budgets.relative_error(tokens, load)}
         ends = np.array([10, 1e9])
         laws["guide"] = np.sqrt((1 + load**2) * math.exp(load**2) / ends) / load
         for name, values in laws.items():
@@ -182,7 +185,7 @@ def test_contour_of_ten_per_cent(session):
     for x, y in corners(path)[::6] + figure["origin"]:
         (low, start), (high, last) = figure["x"][0], figure["x"][-1]
         load = low * (high / low) ** ((x - start) / (last - start))
-        assert abs(place(figure["y"], finite_n.sample_complexity(load, 0.1)) - y) < 1.5
+        assert abs(place(figure["y"], budgets.sample_complexity(load, 0.1)) - y) < 1.5
 
 
 KEYS = {"ArrowRight": 39, "ArrowLeft": 37, "PageUp": 33, "PageDown": 34, "Home": 36, "End": 35, "Tab": 9}
@@ -219,13 +222,17 @@ def test_the_keyboard_moves_the_sliders(session):
     press(session, "Tab")
     outline = session.run('return getComputedStyle(document.getElementById("tokcx-tokens")).outlineStyle')
     assert outline == "solid", "the slider that has the focus does not show it"
-    tokens = [where(press(session, key))[1] for key in ("Home", "PageUp", "PageUp", "ArrowRight", "PageDown", "End", "PageUp")]
+    tokens = [
+        where(press(session, key))[1] for key in ("Home", "PageUp", "PageUp", "ArrowRight", "PageDown", "End", "PageUp")
+    ]
     assert tokens == [10, 100, 1000, 1100, 1000, 1e9, 1e9]
 
 
 def test_the_sentence_is_announced_and_the_sliders_have_labels(session):
     assert session.run('return document.querySelector("[data-part=sentence]").getAttribute("aria-live")') == "polite"
-    labels = session.run('return [...document.querySelectorAll("input[type=range]")].map((e) => e.labels[0].textContent)')
+    labels = session.run(
+        'return [...document.querySelectorAll("input[type=range]")].map((e) => e.labels[0].textContent)'
+    )
     assert labels == ["Horizon H, and load s of the query", "Number of tokens n"]
 
 
@@ -260,7 +267,11 @@ def test_an_update_is_quick(session):
 
 
 def test_scripts_stay_on_their_page(html):
-    users = [path.relative_to(html).as_posix() for path in html.rglob("*.html") if "interactive.js" in path.read_text(encoding="utf-8")]
+    users = [
+        path.relative_to(html).as_posix()
+        for path in html.rglob("*.html")
+        if "interactive.js" in path.read_text(encoding="utf-8")
+    ]
     assert users == [PAGE]
     without = re.search(r"<noscript>.*?href=\"([^\"]+)\"", (html / PAGE).read_text(encoding="utf-8"), flags=re.S)
     assert (html / PAGE).parent.joinpath(without[1]).exists()
@@ -268,5 +279,9 @@ def test_scripts_stay_on_their_page(html):
 
 def test_quiet(session, address):
     """Last: nothing above wrote an error to the console or asked another host."""
-    assert [entry["message"] for entry in session.log("browser") if entry["level"] == "SEVERE" and "expected a number" not in entry["message"]] == []
+    assert [
+        entry["message"]
+        for entry in session.log("browser")
+        if entry["level"] == "SEVERE" and "expected a number" not in entry["message"]
+    ] == []
     assert list(network(session, address)) == []

@@ -1,4 +1,4 @@
-"""What a reader sees on the built pages: no TeX that was not typeset, no sentence that Markdown took for something else.
+"""What a reader sees on the built pages: no bare TeX, no sentence that Markdown took for something else.
 
 And, in a browser, on a phone, on a desktop and on paper: no formula cut, no full stop alone on its line, dark on light.
 """
@@ -23,7 +23,10 @@ TYPESET_LATER = re.compile(r"\$\$.+?\$\$|\$[^$]+\$", re.S)
 NO_PROSE = "script, style, code, pre, svg, .math"
 ATTRIBUTES = ("alt", "title", "aria-label", "content")
 # MathJax drops a line break in words, and half a pair of bars in a subscript is a symbol's name that TeX misread.
-IN_FORMULAS = [("line break in words", r"\\(?:text\w*|mbox)\s*\{[^{}]*\n[^{}]*\}"), ("half a pair of bars", r"[_^]\{[^{}|]*\|[^{}|]*\}")]
+IN_FORMULAS = [
+    ("line break in words", r"\\(?:text\w*|mbox)\s*\{[^{}]*\n[^{}]*\}"),
+    ("half a pair of bars", r"[_^]\{[^{}|]*\|[^{}|]*\}"),
+]
 
 
 def faults(html: str, slide: bool = False) -> list[tuple[str, str]]:
@@ -72,13 +75,23 @@ def faults(html: str, slide: bool = False) -> list[tuple[str, str]]:
 )
 def test_a_planted_fault_is_seen(html, kind):
     assert [found for found, _ in faults(html)] == [kind]
-    assert faults('<p>Two ≤ r, <code>a_{b}$</code> and <span class="math">\\(n^{-1/2}\\text{ if }r\\)</span>.</p><pre>f"{x}_{y}"</pre>') == []
+    assert (
+        faults(
+            '<p>Two ≤ r, <code>a_{b}$</code> and <span class="math">\\(n^{-1/2}\\text{ if }r\\)</span>.</p>'
+            '<pre>f"{x}_{y}"</pre>'
+        )
+        == []
+    )
 
 
 def test_a_planted_fault_of_a_slide_is_seen():
     good = "<blockquote><p><strong>Theorem 1.</strong></p><p>Let $n \\to \\infty$.</p></blockquote>"
     assert faults(good, slide=True) == []
-    for bad, kind in (("<blockquote><p>one</p></blockquote>", "quotation"), ("a $b", "TeX"), ("$\\text{a\nb}$", "line break in words")):
+    for bad, kind in (
+        ("<blockquote><p>one</p></blockquote>", "quotation"),
+        ("a $b", "TeX"),
+        ("$\\text{a\nb}$", "line break in words"),
+    ):
         assert [found for found, _ in faults(good + bad, slide=True)] == [kind]
 
 
@@ -109,7 +122,11 @@ def interruptions(text: str) -> list[tuple[str, str]]:
     """
     lines, found, end = text.splitlines(), [], None
     for token in PARSER.parse(text):
-        if token.type == "fence" and token.info.startswith("{") and not re.match(r"\{(code-cell|math|bibliography)", token.info):
+        if (
+            token.type == "fence"
+            and token.info.startswith("{")
+            and not re.match(r"\{(code-cell|math|bibliography)", token.info)
+        ):
             found += interruptions(re.sub(r"\A(:[\w-]+:[^\n]*\n)+\n?", "", token.content))
         if token.type == "heading_open" and token.markup in "-=" or token.type == "dl_open":
             found.append((token.type, lines[token.map[1] - 1]))
@@ -121,7 +138,10 @@ def interruptions(text: str) -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("line", ["> \\frac12$.", "- x$ is", "+ x$ is", "* x", "# x", "1. It", "1) It", "% of them", "<div>", "---", ": so", "+++"])
+@pytest.mark.parametrize(
+    "line",
+    ["> \\frac12$.", "- x$ is", "+ x$ is", "* x", "# x", "1. It", "1) It", "% of them", "<div>", "---", ": so", "+++"],
+)
 def test_an_interrupted_paragraph_is_seen(line):
     assert interruptions(f"A sentence goes\n{line}\nand on.\n")
     assert interruptions(f"```{{prf:lemma}} A title\n:label: lem\n\nA sentence goes\n{line}\nand on.\n```\n")
@@ -131,7 +151,12 @@ def test_an_interrupted_paragraph_is_seen(line):
 def test_no_line_interrupts_its_paragraph():
     pages = [*ROOT.glob("chapters/*.md"), *ROOT.glob("book/**/*.md")]
     slides_ = ROOT / "book" / "teaching" / "slides"  # a slide ends with ---
-    found = [(path.name, *fault) for path in pages if path.parent != slides_ for fault in interruptions(path.read_text(encoding="utf-8"))]
+    found = [
+        (path.name, *fault)
+        for path in pages
+        if path.parent != slides_
+        for fault in interruptions(path.read_text(encoding="utf-8"))
+    ]
     assert len(pages) > 20 and not found, "\n".join(map(str, found))
 
 
@@ -145,8 +170,8 @@ document.head.insertAdjacentHTML("beforeend", "<style>* { transition: none !impo
 # Where formulas in lines of text are cut, and where what belongs to one stands on another line.
 LAYOUT = """
 const width = document.documentElement.clientWidth, found = [];
-if (document.documentElement.scrollWidth > width) found.push(["the page scrolls sideways", document.documentElement.scrollWidth]);
-const beside = (text, at) => {
+if (document.documentElement.scrollWidth > width) found.push(["the page scrolls sideways",
+document.documentElement.scrollWidth]); const beside = (text, at) => {
     const range = document.createRange();
     range.setStart(text, at), range.setEnd(text, at + 1);
     return [range.toString(), [...range.getClientRects()].at(-1)];
@@ -185,14 +210,14 @@ const light = (colour) => {
     const [r, g, b] = colour.map((v) => v / 255).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 };
-const contrast = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + 0.05) / (y + 0.05); };
-const ground = (e) => (e ? over(rgba(getComputedStyle(e).backgroundColor), ground(e.parentElement)) : [255, 255, 255]);
-const worst = {};
+const contrast = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + 0.05) / (y + 0.05);
+}; const ground = (e) => (e ? over(rgba(getComputedStyle(e).backgroundColor), ground(e.parentElement)) : [255, 255,
+255]); const worst = {};
 for (const e of document.querySelectorAll(":is(.bd-article, #jb-print-docs-body) *")) {
     const box = e.getBoundingClientRect();
-    if (!box.width || getComputedStyle(e).visibility == "hidden" || e.closest("button, .headerlink, .toggle-button, mjx-assistive-mml")) continue;
-    const says = e.tagName == "MJX-C" || [...e.childNodes].some((n) => n.nodeType == 3 && n.data.trim());
-    if (!says) continue;
+    if (!box.width || getComputedStyle(e).visibility == "hidden" || e.closest("button, .headerlink, .toggle-button,
+    mjx-assistive-mml")) continue; const says = e.tagName == "MJX-C" || [...e.childNodes].some((n) => n.nodeType == 3 &&
+    n.data.trim()); if (!says) continue;
     const kind = e.closest("mjx-container") ? "formula" : e.closest("pre") ? "pre" : e.tagName.toLowerCase();
     for (const behind of [ground(e), [255, 255, 255]]) {
         const found = contrast(over(rgba(getComputedStyle(e).color), behind), behind);
@@ -250,7 +275,9 @@ def test_a_page_in_dark_mode_prints_dark_on_light(session, address, page):
     window(session, 1280)
     shown(session, address + page)
     session.run("document.documentElement.dataset.theme = 'dark'")
-    assert min(value for value, _ in session.run(CONTRAST).values()) < 4.5, "in dark mode text is light, and paper white"
+    assert min(value for value, _ in session.run(CONTRAST).values()) < 4.5, (
+        "in dark mode text is light, and paper white"
+    )
     try:
         session.command("Emulation.setEmulatedMedia", media="print")
         session.run("return new Promise((done) => requestAnimationFrame(() => setTimeout(done, 50)))")

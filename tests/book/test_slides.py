@@ -40,7 +40,8 @@ def test_every_slide_fits_and_is_typeset(browser, pages):
                 session.run(f"Reveal.slide({number}); Reveal.layout()")
                 shown = session.run(
                     "const s = document.querySelector('.slides > section.present');"
-                    "return [s.scrollHeight, [...s.querySelectorAll('img')].every(i => i.complete && i.naturalWidth > 0),"
+                    "return [s.scrollHeight, [...s.querySelectorAll('img')].every(i => i.complete && i.naturalWidth "
+                    "> 0),"
                     " s.querySelectorAll('mjx-merror').length, s.innerText]"
                 )
                 assert shown[0] <= 700 and shown[1] and shown[2] == 0, (page.name, number, shown)
@@ -50,6 +51,9 @@ def test_every_slide_fits_and_is_typeset(browser, pages):
 
 def test_what_is_not_in_a_chapter_is_refused():
     book = slides.plain.Book({}, {})
-    for line, error in (("!figure 01_none fig-a", "expected a chapter"), ("!figure 03_moment_rate fig-none", "has no figure")):
+    for line, error in (
+        ("!figure 01_none fig-a", "expected a chapter"),
+        ("!figure 03_moment_rate fig-none", "has no figure"),
+    ):
         with pytest.raises(ValueError, match=error):
             slides.lecture(f"# A title\n{line}\n", ROOT, book)

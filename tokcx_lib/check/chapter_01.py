@@ -3,9 +3,9 @@
 import sympy as sp
 import torch
 
-from tokcx_lib import laws
-from tokcx_lib.attention import attention_map
 from tokcx_lib.check.kinds import Choice, Expression, Function, Numbers, Parts
+from tokcx_lib.theory import laws
+from tokcx_lib.theory.attention import attention_map
 
 _t, _tau, _A, _x, _m = sp.symbols("t tau A x m")
 _stream = torch.Generator().manual_seed(1)
@@ -109,7 +109,8 @@ CHECKS = [
     ),
     Numbers(
         [0.5705, 0.753, 0.8125],  # between those of steps of 0.05 and of fine ones
-        "Average the maps over the samples of the exercise first, and then look for the first x at which the average is "
+        "Average the maps over the samples of the exercise first, and then look for the first x at which the average "
+        "is "
         "below 0.9 x. Logarithms are natural.",
         misses=[
             ([1.75, 2.8, 3.5], "Those are the places themselves; divide by the size of the largest token."),
@@ -123,7 +124,10 @@ CHECKS = [
         _merged,
         "Write the weight of m equal keys as one exponential.",
         misses=[
-            (lambda keys, counts, queries: attention_map(keys, queries, None), "The counts have no effect on your answer."),
+            (
+                lambda keys, counts, queries: attention_map(keys, queries, None),
+                "The counts have no effect on your answer.",
+            ),
             (
                 lambda keys, counts, queries: torch.softmax(counts * (queries @ keys.mT), -1) @ keys,
                 "Equal keys add their weights; your counts multiply the logits.",

@@ -7,8 +7,8 @@ import torch
 from scipy.optimize import brentq
 from scipy.stats import chi2
 
-from tokcx_lib import rates
 from tokcx_lib.check.kinds import Expression, Numbers, Parts
+from tokcx_lib.theory import rates
 
 _t, _p, _y, _d = sp.symbols("t p y d")
 _up, _down = _p * sp.exp(_t), (1 - _p) * sp.exp(-_t)
@@ -23,9 +23,7 @@ def _proven(spread):
 def _beyond():
     """Where the constant of the contraction for several forms becomes the smaller one."""
     return [
-        brentq(
-            lambda y: 4 * (1 + 2 * y) * math.exp(y) - rates.uniform_constant(y, torch.eye(k), support=1.0), 0.001, 3
-        )
+        brentq(lambda y: 4 * (1 + 2 * y) * math.exp(y) - rates.uniform_constant(y, torch.eye(k), support=1.0), 0.001, 3)
         for k in (1, 8, 64)
     ]
 
@@ -69,7 +67,7 @@ CHECKS = [
         ),
         measured=Numbers(
             1.42,
-            "`sweeps.uniform_sweep` takes the projection as A; average its error over replicates, for each rank.",
+            "`uniform.uniform_sweep` takes the projection as A; average its error over replicates, for each rank.",
             misses=[
                 (8**0.5, "That is what the square root of the rank would give. Measure it."),
                 (_PROVEN[2] / _PROVEN[0], "That is the ratio of the proven constants."),
@@ -113,7 +111,8 @@ CHECKS = [
         ),
         beyond=Numbers(
             _beyond,
-            "Compare with `rates.uniform_constant` for an identity matrix of size k, and find the root of the difference.",
+            "Compare with `rates.uniform_constant` for an identity matrix of size k, and find the root of the "
+            "difference.",
             misses=[([1.0, 1.0, 1.0], "Where the new constant is smaller depends on the rank.")],
             rtol=0.02,
         ),

@@ -15,7 +15,10 @@ CHECKS = [
             1 / (2 * (1 + _c * _lam)),
             "Find the r at which e^{cr}/sqrt(n) and e^{-r/lambda} are equal, and read off the power of n there.",
             misses=[
-                (1 / (2 * (1 + 2 * _c * _lam)), "That is the answer for squares in both exponents; here there are none."),
+                (
+                    1 / (2 * (1 + 2 * _c * _lam)),
+                    "That is the answer for squares in both exponents; here there are none.",
+                ),
                 (1 / (2 * _c * _lam), "That is what integrating gives; balancing pays for the error and for the mass."),
             ],
             symbols="c lambda",
@@ -48,8 +51,14 @@ CHECKS = [
             4 * 2 / (4 + 1 / 4),
             "Write both couplings with p and q; the key side cancels.",
             misses=[
-                (math.sqrt(4 * 2 / (4 + 1 / 4)), "That is the ratio of the horizons times the square root of the reach."),
-                (2 / (4 + 1 / 4), "The one-sided coupling carries the reach, the largest eigenvalue of the covariance."),
+                (
+                    math.sqrt(4 * 2 / (4 + 1 / 4)),
+                    "That is the ratio of the horizons times the square root of the reach.",
+                ),
+                (
+                    2 / (4 + 1 / 4),
+                    "The one-sided coupling carries the reach, the largest eigenvalue of the covariance.",
+                ),
             ],
         ),
     ),
@@ -70,7 +79,8 @@ CHECKS = [
     Parts(
         fresh=Numbers(
             0.17,
-            "Average the distance of the variance from its limit H^2 = 4 over replicates, at both lengths; the slope is log(ratio) / log(16), positive.",
+            "Average the distance of the variance from its limit H^2 = 4 over replicates, at both lengths; the slope "
+            "is log(ratio) / log(16), positive.",
             misses=[(-0.17, "Give the exponent: positive where the error falls.")],
             atol=0.05,
             rtol=0,

@@ -8,9 +8,10 @@ import torch
 from scipy.optimize import brentq
 from scipy.special import lambertw
 
-from tokcx_lib import extremes, finite_n
-from tokcx_lib.attention import attention_map
 from tokcx_lib.check.kinds import Choice, Expression, Numbers, Parts
+from tokcx_lib.studies import extremes
+from tokcx_lib.theory import hardmax
+from tokcx_lib.theory.attention import attention_map
 
 _n, _delta, _d, _R = sp.symbols("n delta d R")
 _CORNERS = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 3.0]], dtype=torch.float64)
@@ -19,8 +20,8 @@ _INNER = [0.5, math.atan2(3, 4) / math.pi, math.atan2(4, 3) / math.pi]  # angles
 
 def _half():
     """Power of ten at which the exact error is half of that of a thousand tokens."""
-    target = finite_n.expected_abs_midrange(1e3) / 2
-    return brentq(lambda power: finite_n.expected_abs_midrange(10.0**power) - target, 3, 20)
+    target = hardmax.expected_abs_midrange(1e3) / 2
+    return brentq(lambda power: hardmax.expected_abs_midrange(10.0**power) - target, 3, 20)
 
 
 def _equal(variance):
@@ -31,7 +32,7 @@ def _equal(variance):
 def _off():
     """Worst misfit of a power of n and of a power of log n to the exact law, 1e2 to 1e5 tokens in eight dimensions."""
     n = 10.0 ** np.arange(2, 6)
-    exact = np.log([finite_n.expected_square_hardmax(count, 8) ** 0.5 for count in n])
+    exact = np.log([hardmax.expected_square_hardmax(count, 8) ** 0.5 for count in n])
     axes = np.log(n), np.log(np.log(n))
     return [np.abs(np.polyval(np.polyfit(axis, exact, 1), axis) - exact).max() for axis in axes]
 
@@ -88,7 +89,7 @@ CHECKS = [
         ),
         exact=Numbers(
             _half,
-            "Solve for the n at which `finite_n.expected_abs_midrange` is half of its value at a thousand.",
+            "Solve for the n at which `hardmax.expected_abs_midrange` is half of its value at a thousand.",
             misses=[(12, "That is the asymptote. The exact law asks for a little less.")],
             rtol=2e-3,
         ),
@@ -143,7 +144,10 @@ CHECKS = [
             lambda: extremes.steiner_point(_CORNERS),
             "Which share of the directions reports a corner? Look at the normals of its two edges.",
             misses=[
-                (np.array(_INNER) @ _CORNERS.numpy(), "Those are the interior angles. A sharp corner is reported more often."),
+                (
+                    np.array(_INNER) @ _CORNERS.numpy(),
+                    "Those are the interior angles. A sharp corner is reported more often.",
+                ),
                 (_CORNERS.mean(0), "That is the mean of the corners. They are not reported equally often."),
             ],
             rtol=2e-3,
@@ -172,7 +176,8 @@ CHECKS = [
     Parts(
         off=Numbers(
             _off,
-            "Fit a straight line to the logarithm of the RMS, against log n and against log log n; take the largest residual of each.",
+            "Fit a straight line to the logarithm of the RMS, against log n and against log log n; take the largest "
+            "residual of each.",
             misses=[
                 (list(reversed(_off())), "The power of n comes first."),
                 ([2 * value for value in _off()], "Those belong to the mean square; its root is half as far off."),

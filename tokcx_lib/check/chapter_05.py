@@ -65,7 +65,8 @@ CHECKS = [
         ),
         slopes=Numbers(
             [0.19, 0.63],
-            "Use `sweeps.moment_sweep` with both forms scaled to their horizons, and fit `cov_error` against n on logarithmic axes.",
+            "Use `sweeps.moment_sweep` with both forms scaled to their horizons, and fit `cov_error` against n on "
+            "logarithmic axes.",
             misses=[
                 ([0.63, 0.19], "The rank-one head comes first."),
                 ([-0.19, -0.63], "Give the exponents: positive where the error falls."),
@@ -89,7 +90,8 @@ CHECKS = [
         ),
         r=Numbers(
             79.4,
-            "Divide n times the mean of cov_error squared by the squared constant of the covariance, at the shortest length; what exceeds 1 is r/n.",
+            "Divide n times the mean of cov_error squared by the squared constant of the covariance, at the shortest "
+            "length; what exceeds 1 is r/n.",
             misses=[
                 (0.0794, "That is r/n; multiply by n."),
                 (1079.4, "Subtract the one first."),
@@ -100,7 +102,8 @@ CHECKS = [
     Parts(
         frozen=Numbers(
             _FROZEN,
-            "A head of horizon H has the typical load H times the root of its effective rank; set that equal to sqrt(2 log n).",
+            "A head of horizon H has the typical load H times the root of its effective rank; set that equal to "
+            "sqrt(2 log n).",
             misses=[
                 ([value / math.sqrt(2) for value in _FROZEN], "Queries freeze where s^2 is twice log n."),
                 (_FROZEN[::-1], "The smaller dimension comes first."),
@@ -119,7 +122,10 @@ CHECKS = [
             "A": Numbers(
                 1 / 100,
                 "A logit holds a query and a key: what happens to each?",
-                misses=[(1 / 10, "A logit holds two tokens, and both are in the new unit."), (100.0, "Is the new A larger or smaller?")],
+                misses=[
+                    (1 / 10, "A logit holds two tokens, and both are in the new unit."),
+                    (100.0, "Is the new A larger or smaller?"),
+                ],
             ),
             "V": Numbers(
                 1 / 10,
@@ -138,7 +144,8 @@ CHECKS = [
         },
         exponents=Numbers(
             [1 / 2, 1 / (1 + 16 * 0.8**2)],
-            "All matrices are diagonal: compute B and Sigma^{1/2} A, take the largest entries, square; the reach is the largest variance.",
+            "All matrices are diagonal: compute B and Sigma^{1/2} A, take the largest entries, square; the reach is "
+            "the largest variance.",
             misses=[
                 ([1 / (1 + 0.8**2), 1 / (1 + 16 * 0.8**2)], "No exponent of a mean is above one half."),
                 ([1 / 2, 1 / (1 + 0.8**2)], "The one-sided coupling carries the reach."),
@@ -152,7 +159,10 @@ CHECKS = [
             "Across the axis only R(z) z_2 is left of the influence; z_2 is independent of R.",
             misses=[
                 (sp.Integer(1), "A blind head is no plain average: its weights still follow z_1."),
-                ((1 - _h**4) ** sp.Rational(-3, 2), "That has the factor of the leading direction, where z_1 squared stands under the integral."),
+                (
+                    (1 - _h**4) ** sp.Rational(-3, 2),
+                    "That has the factor of the leading direction, where z_1 squared stands under the integral.",
+                ),
             ],
             symbols="h",
         ),
@@ -170,7 +180,10 @@ CHECKS = [
             "Find the power with which P(R > r) falls; what does an independent factor with all moments do to it?",
             misses=[
                 (1 / (2 * (1 + _h**2)), "That is the reference curve; read the index off the tail of R."),
-                (sp.Rational(1, 2), "The variance of R is infinite beyond horizon one, whatever it is multiplied with."),
+                (
+                    sp.Rational(1, 2),
+                    "The variance of R is infinite beyond horizon one, whatever it is multiplied with.",
+                ),
                 (_h**2 / (1 + _h**2), "That is one over the index of the tail; what does it say of a mean of n terms?"),
             ],
             symbols="h",

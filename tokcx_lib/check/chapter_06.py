@@ -7,8 +7,8 @@ import torch
 from scipy.optimize import brentq
 from scipy.special import gamma, lambertw
 
-from tokcx_lib import laws
 from tokcx_lib.check.kinds import Choice, Expression, Numbers, Parts
+from tokcx_lib.theory import laws
 
 _a, _alpha, _b, _d, _kappa, _n, _nu, _q, _r, _t = sp.symbols("a alpha b d kappa n nu q r t")
 
@@ -73,7 +73,10 @@ CHECKS = [
             "M(t) is e^t times the Laplace transform of h^alpha at t; how often does its power of t appear in G?",
             misses=[
                 (_alpha, "That is the power in the density, not in its integral."),
-                (2 * (_alpha + 1), "The square in the denominator brings two such powers, and the numerator takes one back."),
+                (
+                    2 * (_alpha + 1),
+                    "The square in the denominator brings two such powers, and the numerator takes one back.",
+                ),
                 (-(_alpha + 1), "That is the power of M e^{-t}; G has M squared in its denominator."),
             ],
             symbols="alpha",
@@ -83,7 +86,11 @@ CHECKS = [
             "Compare the density of one coordinate of the sphere with a power of 1 - |y| at the edge.",
             misses=[
                 ((_d - 1) / 2, "That is the power of the budget."),
-                (_d - 3, "The density of a coordinate is a power of 1 - u^2, which is about twice 1 - u at the edge: is the power the whole of d - 3?"),
+                (
+                    _d - 3,
+                    "The density of a coordinate is a power of 1 - u^2, which is about twice 1 - u at the edge: is "
+                    "the power the whole of d - 3?",
+                ),
             ],
             symbols="d",
         ),
@@ -105,7 +112,10 @@ CHECKS = [
             "For Gaussian tokens the budget is the exponential of the squared load.",
             misses=[
                 ([math.sqrt(p) for p in (3, 5, 7)], "The budget is a power of ten, and the law has a power of e."),
-                ([math.sqrt(2 * p * math.log(10)) for p in (3, 5, 7)], "That is the load at which e^{s^2/2} is the number; which is the budget?"),
+                (
+                    [math.sqrt(2 * p * math.log(10)) for p in (3, 5, 7)],
+                    "That is the load at which e^{s^2/2} is the number; which is the budget?",
+                ),
             ],
         ),
     ),
@@ -132,7 +142,8 @@ CHECKS = [
     Parts(
         exponent=Expression(
             1 - _t,
-            "Find the power of the tail of e^{tY}; a mean of n terms of tail index a between 1 and 2 errs by n^{-(1 - 1/a)}.",
+            "Find the power of the tail of e^{tY}; a mean of n terms of tail index a between 1 and 2 errs by n^{-(1 "
+            "- 1/a)}.",
             misses=[
                 (sp.Rational(1, 2), "That asks for a finite variance."),
                 (_t, "That is one over the tail index; what does the division by n leave of it?"),
@@ -142,7 +153,8 @@ CHECKS = [
         ),
         measured=Numbers(
             0.2,
-            "Draw Laplace tokens, average e^{0.8 Y} over the first n, compare with its mean, and take medians over replicates.",
+            "Draw Laplace tokens, average e^{0.8 Y} over the first n, compare with its mean, and take medians over "
+            "replicates.",
             misses=[(-0.2, "Give the exponent: positive where the error falls.")],
             atol=0.06,
             rtol=0,
@@ -165,13 +177,17 @@ CHECKS = [
             misses=[
                 (_kappa**2 * _a**2 / _d**2, "A coordinate of a point of the unit sphere has a mean square of its own."),
                 (_kappa * _a / _d**3, "A covariance is quadratic in the scale."),
-                (_kappa**2 * _a**2 / _d, "The map has a slope: the crossover is at tilts of the order of the dimension."),
+                (
+                    _kappa**2 * _a**2 / _d,
+                    "The map has a slope: the crossover is at tilts of the order of the dimension.",
+                ),
             ],
             symbols="a d kappa",
         ),
         scale=Numbers(
             [20.16, 136.2],
-            "Call `limits.bounded_limit` with the scaled form, take the trace, and solve for the scale on a logarithmic axis.",
+            "Call `limits.bounded_limit` with the scaled form, take the trace, and solve for the scale on a "
+            "logarithmic axis.",
             misses=[
                 ([136.2, 20.16], "The smaller dimension comes first."),
                 ([10.08, 68.1], "Is your larger singular value 2, and the smaller 1?"),

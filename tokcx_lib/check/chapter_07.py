@@ -23,7 +23,8 @@ CHECKS = [
     Parts(
         effective=Numbers(
             [0.97, 1.9, 3.25],
-            "Scale the queries, count over the first 10,000 of shuffled keys, take medians over queries, then logarithms to base ten.",
+            "Scale the queries, count over the first 10,000 of shuffled keys, take medians over queries, then "
+            "logarithms to base ten.",
             misses=[
                 ([9.2, 90.0, 1800.0], "Those are the medians; give their logarithms to base ten."),
                 ([2.2, 4.4, 7.5], "Those are natural logarithms."),
@@ -35,13 +36,17 @@ CHECKS = [
         alpha=Numbers(
             0.1,
             "Compare with the column `effective_10000` of the table of layer 0, on a logarithmic scale.",
-            misses=[(0.3, "Most heads of the layer have thousands of effective tokens."), (1.0, "That is the head itself.")],
+            misses=[
+                (0.3, "Most heads of the layer have thousands of effective tokens."),
+                (1.0, "That is the head itself."),
+            ],
         ),
     ),
     Parts(
         head=Numbers(
             9,
-            "Compute the load with and without the shift, take medians over tokens, and compare on a logarithmic scale.",
+            "Compute the load with and without the shift, take medians over tokens, and compare on a logarithmic "
+            "scale.",
             misses=[(10, "Heads are counted from 0.")],
             rtol=0,
             atol=0.1,
@@ -63,7 +68,10 @@ CHECKS = [
         layer=Numbers(
             1,
             "Group the record by layer, and take means of `load_median`.",
-            misses=[(0, "That layer has the largest single load, not the largest mean."), (2, "Layers are counted from 0.")],
+            misses=[
+                (0, "That layer has the largest single load, not the largest mean."),
+                (2, "Layers are counted from 0."),
+            ],
             rtol=0,
             atol=0.1,
         ),
@@ -87,14 +95,20 @@ CHECKS = [
             misses=[
                 (_v / (_f * _N), "That is the variance of the part; the pool contains it."),
                 (_v / (_f * _N) + _v / _N, "Part and pool are not independent."),
-                (_v / (_f * _N) + _v / ((1 - _f) * _N), "That is the distance of the part from the rest, not from the pool."),
+                (
+                    _v / (_f * _N) + _v / ((1 - _f) * _N),
+                    "That is the distance of the part from the rest, not from the pool.",
+                ),
             ],
             symbols="f N v",
         ),
         fraction=Numbers(
             1 / 3,
             "Two pools are independent, and their variances add; set your formula equal to that.",
-            misses=[(1 / 2, "That is the distance between a pool and the law."), (2 / 3, "Is that the part, or the rest?")],
+            misses=[
+                (1 / 2, "That is the distance between a pool and the law."),
+                (2 / 3, "Is that the part, or the rest?"),
+            ],
         ),
         pool=Numbers(
             3e6,
@@ -105,7 +119,8 @@ CHECKS = [
     Parts(
         share=Expression(
             sp.tanh(_c) / _c * sp.exp(-_v),
-            "The MGF of the trend is a hyperbolic sine; put it at 1, squared, over itself at 2, and do the scatter apart.",
+            "The MGF of the trend is a hyperbolic sine; put it at 1, squared, over itself at 2, and do the scatter "
+            "apart.",
             misses=[
                 (_c / sp.tanh(_c) * sp.exp(_v), "That is the budget, one over the share."),
                 (sp.tanh(_c) / _c, "The scatter has a share as well."),
@@ -124,9 +139,13 @@ CHECKS = [
         ),
         times=Numbers(
             math.tanh(_TREND) / _TREND * math.exp(0.83 * 3.1**2),
-            "The variance of a uniform law on [-c, c] is c^2/3: find c and v from the load and eta, then divide by the Gaussian share.",
+            "The variance of a uniform law on [-c, c] is c^2/3: find c and v from the load and eta, then divide by "
+            "the Gaussian share.",
             misses=[
-                (math.exp(0.83 * 3.1**2), "That takes the trend for no variance at all: it still shares the attention out."),
+                (
+                    math.exp(0.83 * 3.1**2),
+                    "That takes the trend for no variance at all: it still shares the attention out.",
+                ),
                 (
                     math.tanh(_TREND) / _TREND * math.exp(-0.17 * 3.1**2),
                     "That is the share; how many times the Gaussian one is it?",
@@ -141,7 +160,10 @@ CHECKS = [
             "Sum rho^k and k rho^k from 1 to w - 1, and check your formula at w = 2.",
             misses=[
                 (_LONG, "That is the limit of long windows."),
-                (1 + 2 * _rho * (1 - _rho ** (_w - 1)) / (1 - _rho), "Pairs at distance k are fewer, the further apart: a factor is missing."),
+                (
+                    1 + 2 * _rho * (1 - _rho ** (_w - 1)) / (1 - _rho),
+                    "Pairs at distance k are fewer, the further apart: a factor is missing.",
+                ),
                 (
                     1 + _rho / (1 - _rho) - _rho * (1 - _rho**_w) / (_w * (1 - _rho) ** 2),
                     "Every pair counts twice.",
@@ -160,7 +182,10 @@ CHECKS = [
             "What is the variance, over windows, of the mean of a function of the place?",
             misses=[
                 (_LONG, "Is the whole variance there when windows are averaged?"),
-                ((1 - _eta) * _LONG + _eta, "A window has every place once: its places have no variance as independent tokens do."),
+                (
+                    (1 - _eta) * _LONG + _eta,
+                    "A window has every place once: its places have no variance as independent tokens do.",
+                ),
                 (_eta * _LONG, "Which of the two parts does a window average away?"),
             ],
             symbols="eta rho",
@@ -169,19 +194,22 @@ CHECKS = [
     Parts(
         load=Numbers(
             0.292,
-            "Predict the exponent of each head at its median load, subtract the measured one, and take the median of absolute values.",
+            "Predict the exponent of each head at its median load, subtract the measured one, and take the median of "
+            "absolute values.",
             misses=[(-0.292, "Take absolute values."), (0.161, "That is head 0.2; take the heads of load 2 to 5.")],
             rtol=0.05,
         ),
         effective=Numbers(
             0.0549,
-            "The effective load is the root of minus the log of the share, and the share is the effective number among 200,000 over 200,000.",
+            "The effective load is the root of minus the log of the share, and the share is the effective number "
+            "among 200,000 over 200,000.",
             misses=[(-0.0549, "Take absolute values."), (0.000124, "That is head 0.2; take the heads of load 2 to 5.")],
             rtol=0.05,
         ),
         ratio=Numbers(
             1.08,
-            "Divide the root mean square of `map_error` at 30,000 tokens by the spread of the values over the root of the effective tokens among 30,000.",
+            "Divide the root mean square of `map_error` at 30,000 tokens by the spread of the values over the root "
+            "of the effective tokens among 30,000.",
             misses=[
                 (1 / 1.08, "That is predicted over measured."),
                 (1.08 * math.sqrt(30 / 200), "Those are the effective tokens among the whole pool."),

@@ -55,7 +55,8 @@ CHECKS = [
     Parts(
         error=Numbers(
             [0.93, 1.01, 1.19],
-            "The root of the mean of `square`, over queries and draws, with the seeds of the live table; mind the order.",
+            "The root of the mean of `square`, over queries and draws, with the seeds of the live table; mind the "
+            "order.",
             misses=[
                 ([0.87, 1.02, 1.41], "Those are mean squares; take the root."),
                 ([0.93, 1.19, 1.01], "The order is: special tokens always read, weighted, drawn."),
@@ -121,7 +122,8 @@ CHECKS = [
     Parts(
         exact=Expression(
             _exact,
-            "There are two kinds of draws, those that hold the key and those that do not. What does each return, and how likely is it?",
+            "There are two kinds of draws, those that hold the key and those that do not. What does each return, and "
+            "how likely is it?",
             misses=[
                 ((1 - _n / _N) * (1 - _eta) ** 2, "Draws that hold the key err as well: the others lose weight."),
                 (1 - _n / _N, "That is the limit for small eta."),
@@ -155,7 +157,8 @@ CHECKS = [
         ),
         chances=Numbers(
             lambda: [_alike(h) for h in (1, 2, 3)],
-            "Normal variables with that correlation are differences of independent ones over the root of 2, with one of them in common; average over that one.",
+            "Normal variables with that correlation are differences of independent ones over the root of 2, with one "
+            "of them in common; average over that one.",
             misses=[
                 ([1 - norm.cdf(h) ** 8 for h in (1, 2, 3)], "That is the forecast for independent competitors."),
                 ([norm.sf(h) for h in (1, 2, 3)], "That is the chance of one competitor, or of eight that are one."),

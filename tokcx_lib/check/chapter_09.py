@@ -7,8 +7,9 @@ import numpy as np
 import sympy as sp
 from scipy.optimize import brentq
 
-from tokcx_lib import finite_n, laws, records
+from tokcx_lib import records
 from tokcx_lib.check.kinds import Choice, Expression, Numbers, Parts
+from tokcx_lib.theory import laws, softmax_law
 
 _t, _d, _s = sp.symbols("t d s")
 _a = sp.sqrt(3) * _s
@@ -19,7 +20,7 @@ def _spheres():
     """Participation at n = 1000 over spheres in 2, 8, 64 dimensions, of radius sqrt(d), at three tilts."""
     tilts = np.array([1.0, 3.0, 6.0])
     return [
-        finite_n.softmax_moments(1000, tilts, laws.UniformSphere(d, math.sqrt(d))).participation.tolist()
+        softmax_law.softmax_moments(1000, tilts, laws.UniformSphere(d, math.sqrt(d))).participation.tolist()
         for d in (2, 8, 64)
     ]
 
@@ -28,7 +29,7 @@ def _spheres():
 def _kept():
     """Loads at which a query has 50 effective tokens, at four lengths."""
     return [
-        brentq(lambda load: finite_n.softmax_moments(n, load).participation - 1 / 50, 0.1, 9)
+        brentq(lambda load: softmax_law.softmax_moments(n, load).participation - 1 / 50, 0.1, 9)
         for n in (1e3, 1e5, 1e7, 1e9)
     ]
 
@@ -44,8 +45,8 @@ def _between():
     """Heads whose effective number of tokens is between those of normal and of uniform tokens."""
     heads = records.load("real_heads_english").table
     load = heads["load_median"].to_numpy()
-    normal = finite_n.softmax_moments(1e5, load).participation
-    flat = finite_n.softmax_moments(1e5, math.sqrt(3) * load, laws.Uniform(1)).participation
+    normal = softmax_law.softmax_moments(1e5, load).participation
+    flat = softmax_law.softmax_moments(1e5, math.sqrt(3) * load, laws.Uniform(1)).participation
     seen = heads["effective_100000"].to_numpy()
     return int(((1 / normal < seen) & (seen < 1 / flat)).sum())
 
@@ -65,7 +66,10 @@ CHECKS = [
             sp.Rational(1, 2) + sp.tanh(_t) ** 2 / 4,
             "List the four draws, and the sum of squared weights in each.",
             misses=[
-                ((1 + sp.tanh(_t) ** 2) / 2, "That is the participation where the two tokens differ; average over draws."),
+                (
+                    (1 + sp.tanh(_t) ** 2) / 2,
+                    "That is the participation where the two tokens differ; average over draws.",
+                ),
                 (sp.Rational(1, 2), "That is the participation where the two tokens agree; average over draws."),
             ],
             symbols="t",
@@ -118,7 +122,7 @@ CHECKS = [
     ),
     Parts(
         plain=Numbers(
-            lambda: -2 * finite_n.softmax_moments(100, 2).participation,
+            lambda: -2 * softmax_law.softmax_moments(100, 2).participation,
             "The mean of the outputs, less the load; thousands of lists are needed.",
             misses=[
                 (0.252, "Is the output too large or too small?"),
@@ -163,7 +167,8 @@ CHECKS = [
         ),
         between=Numbers(
             _between,
-            "Uniform tokens on [-1, 1] have the tilt sqrt(3) s. Compare the record with the inverse of both participations.",
+            "Uniform tokens on [-1, 1] have the tilt sqrt(3) s. Compare the record with the inverse of both "
+            "participations.",
             misses=[(25, "That counts heads of load above 2 only."), (13, "That counts heads below the normal law.")],
         ),
     ),

@@ -118,7 +118,8 @@ CHECKS = [
     Parts(
         factor=Expression(
             1 + _Psi,
-            "Integrate y e^{q y^2 / 2} against the density from L on, and divide by the probability and by the value at L.",
+            "Integrate y e^{q y^2 / 2} against the density from L on, and divide by the probability and by the value "
+            "at L.",
             misses=[
                 ((1 + _Psi) / _Psi, "That is 1 / q; in the exponent stands 1 - q."),
                 (1 / (1 + _Psi), "The average over tokens beyond L is larger than the value at L."),
@@ -155,7 +156,11 @@ CHECKS = [
             "The truncated variance is a power of L, and L^2 a multiple of log n; the mean error is its root.",
             misses=[
                 (1.5, "That is the power in the variance; take the root."),
-                (0.25, "That is the formula for Psi > 1, of the corollary, put at 1; at the border all tokens up to L count, not the largest only."),
+                (
+                    0.25,
+                    "That is the formula for Psi > 1, of the corollary, put at 1; at the border all tokens up to L "
+                    "count, not the largest only.",
+                ),
             ],
             rtol=0.001,
         ),

@@ -6,22 +6,22 @@ import numpy as np
 import sympy as sp
 from scipy.special import gamma
 
-from tokcx_lib import sparse_law
 from tokcx_lib.check.kinds import Choice, Expression, Numbers, Parts
+from tokcx_lib.studies.sparse import theory
 
 _M, _rest, _s, _d, _theta = sp.symbols("M rest s d theta")
 
 
 def _stride() -> float:
     """Error of strided keys over that of random ones, to first order: correlation 0.99, load 1/2, 256 keys of 4,096."""
-    whole, strided, single = (sparse_law.mean_variance(0.5, 32, 0.99, *how) for how in ((4096,), (256, 16), (1,)))
+    whole, strided, single = (theory.mean_variance(0.5, 32, 0.99, *how) for how in ((4096,), (256, 16), (1,)))
     return math.sqrt((strided - whole) / ((single - whole) * (1 / 256 - 1 / 4096)))
 
 
 def _exact_ranks() -> list[int]:
     """How many keys miss at most 5% in the frozen limit, at reduced loads 1.5 and 2."""
     ranks = np.arange(1, 300)
-    return [int(ranks[sparse_law.frozen_missing_mass(sigma, ranks) <= 0.05][0]) for sigma in (1.5, 2.0)]
+    return [int(ranks[theory.frozen_missing_mass(sigma, ranks) <= 0.05][0]) for sigma in (1.5, 2.0)]
 
 
 def _power_ranks(constant: bool = True) -> list[float]:
@@ -55,7 +55,8 @@ CHECKS = [
         ),
         ratios=Numbers(
             [0.165, 0.628, 0.646],
-            "Scale the output of `sparse.top_k` by `sparse.kept_mass`, and divide the two values of `sparse.output_error`.",
+            "Scale the output of `schemes.top_k` by `schemes.kept_mass`, and divide the two values of "
+            "`schemes.output_error`.",
             misses=[
                 ([1 / 0.165, 1 / 0.628, 1 / 0.646], "The other way round: without renormalising, over with it."),
                 ([0.165**2, 0.628**2, 0.646**2], "Root mean squares are asked, not mean squares."),
@@ -74,8 +75,11 @@ CHECKS = [
         ),
         thin=Numbers(
             0.102,
-            "Project keys and values by the same matrix, run `sparse.full`, and divide by the square root of the dimension.",
-            misses=[(0.102 * math.sqrt(32), "In spreads of the values: the root mean square length of a value is not 1.")],
+            "Project keys and values by the same matrix, run `schemes.full`, and divide by the square root of the "
+            "dimension.",
+            misses=[
+                (0.102 * math.sqrt(32), "In spreads of the values: the root mean square length of a value is not 1.")
+            ],
             rtol=0.3,
         ),
         thick=Numbers(
@@ -99,7 +103,7 @@ CHECKS = [
         ),
         measured=Numbers(
             0.197,
-            "Run `sparse.strided` and `sparse.random_keys` on the same sequences; average squares before you divide.",
+            "Run `schemes.strided` and `schemes.random_keys` on the same sequences; average squares before you divide.",
             misses=[
                 (0.197**2, "Errors are roots of the mean squares."),
                 (1 / 0.197, "The other way round: strided over random."),
@@ -110,7 +114,8 @@ CHECKS = [
     Parts(
         exact=Numbers(
             _exact_ranks,
-            "Call `sparse_law.frozen_missing_mass` on whole numbers of keys, and take the first that misses no more than asked.",
+            "Call `theory.frozen_missing_mass` on whole numbers of keys, and take the first that misses no more than "
+            "asked.",
             misses=[
                 ([146, 11], "That many still miss more than 5%."),
                 ([12, 147], "In the order of the reduced loads as the exercise names them."),
@@ -120,7 +125,8 @@ CHECKS = [
         ),
         power=Numbers(
             _power_ranks(),
-            "Set the right-hand side of the proposition equal to 5% and solve for k; `scipy.special.gamma` has the constants.",
+            "Set the right-hand side of the proposition equal to 5% and solve for k; `scipy.special.gamma` has the "
+            "constants.",
             misses=[
                 (_power_ranks(constant=False), "The constant c, a Gamma function of the other argument, is missing."),
                 (_power_ranks()[::-1], "In the order of the reduced loads as the exercise names them."),
@@ -138,7 +144,8 @@ CHECKS = [
                 (_softer(_theta) / _d, "That is in squared spreads of the values."),
                 (
                     sp.exp((1 - _theta) ** 2 * _s**2) * (_d + _s**2),
-                    "The distance of a key from the output, under the density that the weights make: where is its mean?",
+                    "The distance of a key from the output, under the density that the weights make: where is its "
+                    "mean?",
                 ),
             ],
             symbols="s d theta",
@@ -155,7 +162,8 @@ CHECKS = [
     Parts(
         half=Numbers(
             1.316,
-            "Half of the keys of largest weight, half drawn from the others; these get a logit raised by the log of their count.",
+            "Half of the keys of largest weight, half drawn from the others; these get a logit raised by the log of "
+            "their count.",
             misses=[
                 (2.94, "Do the random keys count for all those that they stand for? Their logits have to be raised."),
                 (1 / 1.316, "The other way round: the ninth scheme over the other."),

@@ -54,7 +54,8 @@ CHECKS = [
     ),
     Numbers(
         0.46,
-        "Both runs on the same draws; centre the tokens before the first layer and after every one, then divide root mean squares.",
+        "Both runs on the same draws; centre the tokens before the first layer and after every one, then divide root "
+        "mean squares.",
         misses=[
             (0.46**2, "That is what is left of the squared error; root mean squares are asked."),
             (1 / 0.46, "The other way round: with means taken out, over without."),
@@ -64,7 +65,8 @@ CHECKS = [
     ),
     Numbers(
         [15.0458, 1.0],
-        "Start at the identity; `both['steady'].covs` has the covariances with a residual. The scale of the covariance does not matter.",
+        "Start at the identity; `both['steady'].covs` has the covariances with a residual. The scale of the "
+        "covariance does not matter.",
         misses=[
             ([1.0, 15.0458], "The order is with a residual, then without."),
             ([15.2509, 1.0], "That is the rank with a residual one layer earlier."),
@@ -102,7 +104,10 @@ CHECKS = [
             1 + 2 * _V * _h / (1 + _V * _h),
             "The covariance under the tilt changes with the square of the stretch; a query at x has the tilt h x.",
             misses=[
-                (1 + _V * _h / (1 + _V * _h), "The keys and their weights both move: the variance changes twice as fast as the deviation."),
+                (
+                    1 + _V * _h / (1 + _V * _h),
+                    "The keys and their weights both move: the variance changes twice as fast as the deviation.",
+                ),
                 (1 + 2 * _V * _h, "Where is the gain?"),
                 (sp.Integer(1), "That is the own part alone. The keys are stretched too."),
             ],
@@ -111,7 +116,10 @@ CHECKS = [
         equal=Numbers(
             0.5,
             "Set the two factors equal; the values drop out.",
-            misses=[(1.0, "Does the stretch come in with the factor of its square?"), (2.0, "Check the side of the factor 2.")],
+            misses=[
+                (1.0, "Does the stretch come in with the factor of its square?"),
+                (2.0, "Check the side of the factor 2."),
+            ],
         ),
     ),
     Parts(
@@ -157,9 +165,13 @@ CHECKS = [
     Parts(
         shares=Numbers(
             lambda: _shares()[0],
-            "Multiply what is there by the square of what a layer hands on, then add its fresh square; divide by the sum at the end.",
+            "Multiply what is there by the square of what a layer hands on, then add its fresh square; divide by the "
+            "sum at the end.",
             misses=[
-                ([0.140, 0.318, 0.262, 0.160, 0.053, 0.067], "Those are the fresh squares alone; the layers above still hand them on."),
+                (
+                    [0.140, 0.318, 0.262, 0.160, 0.053, 0.067],
+                    "Those are the fresh squares alone; the layers above still hand them on.",
+                ),
                 ([0.211, 0.087, 0.122, 0.191, 0.269, 0.121], "First layer first."),
             ],
             rtol=0,
@@ -168,14 +180,18 @@ CHECKS = [
         ratio=Numbers(
             lambda: _shares()[1],
             "The root of the sum of the squares, over `error` of the last layer, from the same root mean squares.",
-            misses=[(1.06, "That is the ratio of the squares."), (0.9713, "The other way round: predicted over measured.")],
+            misses=[
+                (1.06, "That is the ratio of the squares."),
+                (0.9713, "The other way round: predicted over measured."),
+            ],
             rtol=0.004,
         ),
     ),
     Parts(
         ratios=Numbers(
             [_right_angles(load) for load in (0.5, 1.0, 2.0)],
-            "Take the trace of S at one tilt twice, and at two tilts at right angles; there are eleven others for each head.",
+            "Take the trace of S at one tilt twice, and at two tilts at right angles; there are eleven others for "
+            "each head.",
             misses=[
                 ([_right_angles(load) ** 2 for load in (0.5, 1.0, 2.0)], "Those are ratios of squares; take the root."),
                 ([1.0, 1.0, 1.0], "Is the trace of S(t, u) zero when t and u are at right angles?"),

@@ -1,0 +1,228 @@
+"""Where models of the supported architectures keep their attention, and what bounds and surrounds their text.
+
+An `Architecture` says what a family has in common: where its attention modules are and what their linear maps are
+called, whether attention is causal, and whether positions are rotary. What is one model's own (the number of heads,
+scales, frequencies, sliding windows) is read from that model.
+
+The logits of a supported head are a bilinear form of two tokens, up to rotary positions. That leaves out models that
+normalise queries and keys or cap the logits. A sliding window (Mistral, Qwen2) changes which keys a query sees and not
+its logits (`windows`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One family: the path to its list of layers, that from a layer to its attention, and the names of the maps.
+
+    `maps` names the linear maps of queries, keys and values, or the one that holds all three (GPT-2); `output` is the
+    path from a layer to the linear map that adds up the outputs of all heads.
+    """
+
+    layers: str
+    attention: str
+    maps: tuple[str, ...]
+    output: str
+    causal: bool = False
+    rotary: bool = False
+
+
+BERT = Architecture("encoder.layer", "attention.self", ("query", "key", "value"), "attention.output.dense")
+LLAMA = Architecture(
+    "layers", "self_attn", ("q_proj", "k_proj", "v_proj"), "self_attn.o_proj", causal=True, rotary=True
+)
+ARCHITECTURES = {
+    "bert": BERT,
+    "roberta": BERT,
+    "distilbert": Architecture("transformer.layer", "attention", ("q_lin", "k_lin", "v_lin"), "attention.out_lin"),
+    "gpt2": Architecture("h", "attn", ("c_attn",), "attn.c_proj", causal=True),
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+}
+SUPPORTED = tuple(ARCHITECTURES)
+
+# Common families whose logits are no bilinear form, so that the message can say why they are left out.
+NORMALISED = ("qwen3", "qwen3_moe", "gemma3", "gemma3_text", "olmo2", "olmo3", "olmoe")
+
+
+def architecture(config) -> Architecture:
+    """The architecture of a model with this configuration.
+
+    Raises
+    ------
+    ValueError
+        If it is not supported; the message names those that are, and the reason where there is one to give.
+    """
+    kind = getattr(config, "model_type", type(config).__name__)
+    reason = _refusal(kind, config)
+    if kind not in ARCHITECTURES or reason:
+        because = f" ({reason})" if reason else ""
+        raise ValueError(f"model: expected one of {', '.join(SUPPORTED)}, got {kind!r}{because}")
+    return ARCHITECTURES[kind]
+
+
+def _refusal(kind: str, config) -> str | None:
+    """Why a model cannot be read as bilinear self-attention over one sequence, or None."""
+    if kind in NORMALISED:
+        return "it normalises queries and keys, so that its logits are not bilinear in the tokens"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "it caps its logits, which are then not bilinear in the tokens"
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        return "its cross-attention reads keys from another sequence"
+    if (positions := getattr(config, "position_embedding_type", None) or "absolute") != "absolute":
+        return f"its {positions} positions add terms to the logits"
+    if getattr(config, "quantization_config", None) is not None:
+        return "its weights are quantised, and no plain matrices"
+    if getattr(config, "transformers_weights", None) is not None:
+        return "its configuration names other weights, as transformers_weights"
+    if kind in ARCHITECTURES and ARCHITECTURES[kind].causal and not getattr(config, "is_causal", True):
+        return "with attention that is not causal"
+    return None
+
+
+# Sizes in a configuration, and the most of each that a model may have: no model in use comes near, and building one of
+# more would take all memory before its weights are found not to fit.
+SIZES = {
+    "num_hidden_layers": 1000,
+    **dict.fromkeys(("vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings"), 2**24),
+}
+OPTIONAL_SIZES = ("intermediate_size", "num_key_value_heads", "head_dim", "sliding_window")
+
+
+def require_sizes(config) -> None:
+    """Refuse a configuration whose sizes are no counts, or whose heads do not divide what they share.
+
+    Raises
+    ------
+    ValueError
+        It names the size.
+    """
+    optional = {name: 2**24 for name in OPTIONAL_SIZES if getattr(config, name, None) is not None}
+    for name, most in (SIZES | optional).items():
+        size = getattr(config, name, None)
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= most:
+            raise ValueError(f"model: expected {name} from 1 to {most}, got {size!r}")
+    name, whole = "num_attention_heads", config.hidden_size
+    if "num_key_value_heads" in optional:  # whose heads have a width of their own
+        name, whole = "num_key_value_heads", config.num_attention_heads
+    if whole % getattr(config, name):
+        raise ValueError(f"model: expected {name} to divide {whole}, got {getattr(config, name)}")
+
+
+def base_model(model) -> nn.Module:
+    """The model under a `TextModel` or under the task head of a Hugging Face model; else the model itself."""
+    if not isinstance(model, nn.Module):
+        model = getattr(model, "model", model)
+    return getattr(model, "base_model", model)
+
+
+def attention_modules(model) -> list[nn.Module]:
+    """The self-attention modules of a supported base model, layer by layer."""
+    kind = architecture(getattr(model, "config", model))
+    return [layer.get_submodule(kind.attention) for layer in model.get_submodule(kind.layers)]
+
+
+def projections(kind: Architecture, module: nn.Module) -> list[tuple[Tensor, Tensor | None]]:
+    """Weights (heads x size, d) and biases (heads x size,) or None of an attention's queries, keys and values."""
+    if len(kind.maps) == 1:  # GPT-2: one matrix (d, 3 x heads x size), which multiplies tokens from the right
+        packed = module.get_submodule(kind.maps[0])
+        return list(zip(packed.weight.detach().mT.chunk(3), packed.bias.detach().chunk(3)))
+    linear = [module.get_submodule(name) for name in kind.maps]
+    return [(m.weight.detach(), None if m.bias is None else m.bias.detach()) for m in linear]
+
+
+def output_maps(model) -> list[Tensor]:
+    """Weights (d, heads x size) that add up the outputs of all heads, layer by layer, of a supported base model."""
+    kind = architecture(model.config)
+    found = [layer.get_submodule(kind.output).weight.detach() for layer in model.get_submodule(kind.layers)]
+    return [weight.mT for weight in found] if len(kind.maps) == 1 else found  # GPT-2 multiplies from the right
+
+
+def is_causal(config) -> bool:
+    """Whether a query sees only itself and earlier keys: decoders, and a BERT that was set up as one."""
+    return architecture(config).causal or bool(getattr(config, "is_decoder", False))
+
+
+def windows(config) -> list[int | None]:
+    """How many keys a query of each layer sees at most, its own included; None where it sees all before it.
+
+    Mistral has one window for all layers or none, Qwen2 one for those of its layers that slide.
+    """
+    count, kind = config.num_hidden_layers, config.model_type
+    window = config.sliding_window if kind in ("mistral", "qwen2") else None
+    sliding = [layer == "sliding_attention" for layer in config.layer_types] if kind == "qwen2" else [True] * count
+    return [window if slides else None for slides in sliding]
+
+
+def scale(module) -> float:
+    """What an attention module multiplies its logits by.
+
+    Raises
+    ------
+    ValueError
+        If the module does not say, as GPT-2's in versions of transformers that are too old.
+    """
+    if not hasattr(module, "scaling"):
+        kind = type(module).__name__
+        raise ValueError(f"model: expected attention with an attribute `scaling`, got {kind} (transformers is too old)")
+    return module.scaling
+
+
+def rotary(model) -> tuple[Tensor | None, float]:
+    """Angles per position (d_k / 2,) of a base model's rotary positions, and the factor that they put on every logit.
+
+    None and 1 for absolute positions. Some ways of stretching rotary positions also scale queries and keys alike: the
+    logits carry the square of that. Others change the angles with the length of the context: these are the angles of
+    contexts within `most_positions`.
+
+    Raises
+    ------
+    ValueError
+        If an angle is not finite: attention kernels turn such positions into numbers all the same.
+    """
+    if not architecture(model.config).rotary:
+        return None, 1.0
+    embedding = model.rotary_emb
+    angles = embedding.original_inv_freq.detach()
+    if not angles.isfinite().all():
+        raise ValueError(f"model: expected rope_parameters with finite angles, got {angles.tolist()}")
+    return angles, float(embedding.attention_scaling) ** 2
+
+
+def most_positions(config) -> int:
+    """The longest context of a model, in tokens, its special tokens included."""
+    most = config.max_position_embeddings
+    if config.model_type == "roberta":  # counts positions from padding_idx + 1, and its table is longer by as much
+        most -= config.pad_token_id + 1
+    stretched = getattr(config, "rope_parameters", None) or {}
+    if stretched.get("rope_type") == "longrope":  # has other angles beyond the context it was first trained on
+        most = min(most, stretched["original_max_position_embeddings"])
+    return most
+
+
+def special_tokens(config, tokenizer) -> tuple[list[int], list[int]]:
+    """Ids of the special tokens before and after each window of text.
+
+    A window of a BERT-like model is [CLS] text [SEP]. One of a decoder starts with the token of the beginning where
+    its tokenizer puts that in front of a text (Llama, Mistral), and has no special token elsewhere (GPT-2, Qwen2).
+
+    Raises
+    ------
+    ValueError
+        If the tokenizer of a BERT-like model does not have them.
+    """
+    if not architecture(config).causal:
+        first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
+        if first is None or last is None:
+            raise ValueError(
+                f"model: expected a tokenizer with special tokens [CLS] and [SEP], got ids {first} and {last}"
+            )
+        return [first], [last]
+    begins = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return [tokenizer.bos_token_id] if begins else [], []

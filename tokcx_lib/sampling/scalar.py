@@ -1,0 +1,58 @@
+"""Scalar self-attention by a table: the map depends on one number, the tilt, and cubics join its values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tokcx_lib.sampling.streaming import prefix_states, self_attention_moments
+from tokcx_lib.theory.limits import Moments
+from tokcx_lib.validation import as_matrix, as_tensor, as_tokens, finite_answer
+
+MESH = 0.15  # step of the table of a scalar map, in units of 1 / (largest token - smallest token)
+
+
+def scalar_moments(tokens: Tensor, slopes: Sequence[float], V, lengths: Sequence[int]) -> list[Moments]:
+    """Moments of scalar self-attention, values V y, for logits a x y with each slope a."""
+    y = as_tokens("tokens", tokens, dim=1)[:, 0]
+    width = (y.max() - y.min()).clamp(min=torch.finfo(y.dtype).tiny)
+    reach = (max(abs(a) for a in slopes) * y.abs().max()).clamp(min=torch.finfo(y.dtype).tiny)
+    count = int((2 * reach * width / MESH).ceil().item()) + 2
+    if count > len(y) * len(slopes):  # the queries themselves are fewer than the points of a table
+        return [self_attention_moments(tokens, [[a]], V, lengths) for a in slopes]
+    grid = torch.linspace(-reach.item(), reach.item(), count, dtype=y.dtype, device=y.device)
+    step = grid[1] - grid[0]
+    # Tilted first and second moments of the tokens; the variance is the slope of the map.
+    pairs = torch.stack([y, y * y], -1)
+    values = V if V is None else as_matrix("V", V, columns=1).double()
+    found: list[list[Moments]] = [[] for _ in slopes]
+    for n, state in zip(lengths, prefix_states(grid[:, None], y[:, None], pairs, lengths)):
+        first, second = state.output.unbind(-1)
+        rise = (second - first**2) * step
+        for a, moments in zip(slopes, found):
+            place = (a * y[:n] + reach) / step
+            left = place.long().clamp(0, count - 2)
+            output = hermite_cubic(place - left, first[left], first[left + 1], rise[left], rise[left + 1]).double()
+            mean, cov = output.mean()[None], output.var(correction=0)[None, None]
+            if values is not None:
+                mean, cov = values.to(mean) @ mean, values.to(cov) @ cov @ values.to(cov).mT
+            moments.append(Moments(mean, cov))
+    return [Moments(*(torch.stack(parts) for parts in zip(*moments))) for moments in found]
+
+
+def hermite_cubic(u: Tensor, start: Tensor, end: Tensor, rise_start: Tensor, rise_end: Tensor) -> Tensor:
+    """Cubic on [0, 1] with the given values and slopes at its ends (Hermite). Shapes broadcast."""
+    names = "u", "start", "end", "rise_start", "rise_end"
+    given = [as_tensor(name, part) for name, part in zip(names, (u, start, end, rise_start, rise_end))]
+    u, start, end, rise_start, rise_end = given
+    try:
+        torch.broadcast_shapes(*(part.shape for part in given))
+    except RuntimeError as error:
+        raise ValueError(f"{', '.join(names)}: expected shapes that broadcast ({error})") from error
+    jump = end - start
+    curved = u * (rise_start + rise_end - 2 * jump)
+    return finite_answer(
+        ", ".join(names), start + u * (rise_start + u * (3 * jump - 2 * rise_start - rise_end + curved))
+    )

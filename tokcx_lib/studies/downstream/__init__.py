@@ -1,0 +1,1 @@
+"""What a reader of embeddings notices when the encoder reads fewer keys (chapter 8)."""

@@ -1,0 +1,143 @@
+"""The exact law at a finite number of tokens against simulation (chapter 9)."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from tokcx_lib import runtime
+from tokcx_lib.sampling import sweeps
+from tokcx_lib.sampling.forms import random_head
+from tokcx_lib.sampling.streaming import partial_attention
+from tokcx_lib.studies.runs import Experiment, Part, Plan
+from tokcx_lib.theory import geometry, moment_bias
+
+
+class MomentErrors(NamedTuple):
+    """Errors of moments, (lists, d, d) each, of self-attention with V = I: unbiased, see `moment_errors`.
+
+    `plain` (1/n) sum Gamma_n Gamma_n' - C as it is; `second` the same with its control variates; `shared` m_n m_n'
+    with its own; the error of the covariance is `second` - `shared`.
+    """
+
+    plain: Tensor
+    second: Tensor
+    shared: Tensor
+
+
+def moment_errors(tokens: Tensor, B: Tensor) -> MomentErrors:
+    """Errors of the moments of self-attention over lists of whitened tokens (lists, n, d), logits <B x, z>, V = I.
+
+    Three control variates, each of mean exactly zero whatever n, each with the coefficient 1, fixed beforehand:
+
+    * (1/n) sum Gamma(x_i) Gamma(x_i)' - BB', what the queries would scatter at infinitely many keys;
+    * the error of first order, (1/n^2) sum_{i != j} Gamma(x_i) h_ij' and its transpose, where h_ij = e^{<t_i, x_j> -
+      |t_i|^2/2} (x_j - t_i), t_i = B x_i, has mean zero over x_j; sum_j h_ij is n D_i (Gamma_n(x_i) - t_i), with D_i
+      the normaliser of the softmax over its mean;
+    * for m_n m_n', that of the mean of (I + B) x_i, whose second moment is (I + B)(I + B)' / n.
+    """
+    lists, n, dim = tokens.shape
+    t = tokens @ B.to(tokens).mT
+    output, lse = partial_attention(t[:, None], tokens[:, None], tokens[:, None])
+    x, t, output = tokens.double(), t.double(), output[:, 0].double()
+    half = (t**2).sum(-1, keepdim=True) / 2
+    normaliser = torch.exp(lse[:, 0, :, None].double() - half) / n
+    itself = torch.exp((t * x).sum(-1, keepdim=True) - half) / n
+    error = output - t
+    cross = error.mT @ t / n
+    first = (normaliser * error - itself * (x - t)).mT @ t / n
+    eye, form = torch.eye(dim).to(x), B.to(x)
+    fluctuation = t.mT @ t / n - form @ form.mT
+    gap = error.mT @ error / n + cross + cross.mT
+    mean, linear = output.mean(1), (x + t).mean(1)
+    outer = lambda v: v[:, :, None] * v[:, None, :]  # noqa: E731
+    product = outer(mean)
+    shared = product - outer(linear) + (eye + form) @ (eye + form).mT / n
+    # second = covariance (with its controls) + shared (with its own).
+    return MomentErrors(gap + fluctuation, gap - first - first.mT - product + shared, shared)
+
+
+def second_moment_bias(config: dict, device) -> Plan:
+    """Mean errors of the second moment and the covariance of self-attention in d = 50, at three horizons and three n.
+
+    Tokens N(0, `variance` I), the random head of `gaussian_horizon`, scaled to each horizon. A replicate is the mean
+    over `lists` lists of n tokens. Columns `*_along`: component of the error along a fixed direction, that of the
+    prediction for fresh queries (`second`, `plain`), of it less the shared keys (`cov`), and of the shared keys
+    (`shared`). Columns `*_dot`: `sweeps.leave_one_out`, whose mean is the squared norm of the mean error.
+    """
+    dim, horizons = config["dim"], config["horizons"]
+    cov = config["variance"] * torch.eye(dim, dtype=torch.float64)
+    A, V = random_head(dim, config["head_seed"])
+    unit = config["variance"] * A / geometry.horizon(A, cov)
+    V = V * math.sqrt(config["variance"])
+    runs = {int(n): run for n, run in config["runs"].items()}
+    upper = torch.triu_indices(dim, dim)
+    weight = torch.where(upper[0] == upper[1], 1.0, math.sqrt(2))  # a symmetric matrix as a vector of the same norm
+    direction = {}
+    for n in runs:
+        for horizon in horizons:
+            bias = moment_bias.second_moment_bias(n, horizon * unit, V)
+            shared = moment_bias.shared_keys_covariance(horizon * unit, V)
+            for name, matrix in (("second", bias), ("cov", bias - shared / n), ("shared", shared)):
+                direction[name, n, horizon] = matrix / torch.linalg.matrix_norm(matrix)
+
+    def work(n: int, replicate: int) -> Part:
+        shape = (runs[n]["lists"], n, dim)
+        stream = runtime.stream(config["seed"], n, replicate)
+        tokens = torch.randn(shape, generator=stream, dtype=torch.float64).to(device, torch.float32)
+        rows, packed = [], {"second": [], "cov": [], "shared": []}
+        for horizon in horizons:
+            plain, second, shared = (V @ part.mean(0).cpu() @ V.mT for part in moment_errors(tokens, horizon * unit))
+            found = {"second": second, "cov": second - shared, "shared": shared}
+            row = {"n": n, "replicate": replicate, "horizon": horizon}
+            row["plain_along"] = (plain * direction["second", n, horizon]).sum().item()
+            for name, matrix in found.items():
+                row[f"{name}_along"] = (matrix * direction[name, n, horizon]).sum().item()
+                packed[name].append((matrix[upper[0], upper[1]] * weight).numpy())
+            rows.append(row)
+        return Part(pd.DataFrame(rows), {name: np.stack(parts) for name, parts in packed.items()})
+
+    def finish(table: pd.DataFrame, arrays) -> pd.DataFrame:
+        for name in ("second", "cov", "shared"):
+            dots = []
+            for n in runs:
+                chosen = [each[name] for (m, _), each in zip(units, arrays) if m == n]
+                dots.append(sweeps.leave_one_out(np.stack(chosen)).reshape(-1))  # replicates, horizons
+            table[f"{name}_dot"] = np.concatenate(dots)
+        return table
+
+    units = [(n, replicate) for n, run in runs.items() for replicate in range(run["replicates"])]
+    replicates = ", ".join(f"{run['replicates']} x {run['lists']} (n = {n})" for n, run in runs.items())
+    return Plan(units, work, {"replicates": replicates}, finish)
+
+
+EXPERIMENTS = {
+    "second_moment_bias": Experiment(
+        second_moment_bias,
+        ("n", "replicate"),
+        full={
+            "dim": 50,
+            "variance": 0.1,
+            "horizons": [0.25, 0.5, 0.76],
+            "runs": {
+                250: {"lists": 16, "replicates": 150},
+                1000: {"lists": 4, "replicates": 300},
+                4000: {"lists": 1, "replicates": 400},
+            },
+            "head_seed": 5_050,
+            "seed": 9_001,
+        },
+        quick={
+            "runs": {
+                250: {"lists": 16, "replicates": 10},
+                1000: {"lists": 2, "replicates": 10},
+            },
+        },
+        tolerance=2e-3,  # float32 attention; a control variate takes away most of each number
+    ),
+}

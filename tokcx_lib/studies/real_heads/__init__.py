@@ -1,0 +1,1 @@
+"""Heads and tokens of the embedded model on real text (chapter 7)."""

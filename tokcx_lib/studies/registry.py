@@ -1,0 +1,18 @@
+"""The named, configured runs behind the records: what ``tokcx run NAME`` runs.
+
+Each room of `studies` holds the experiments of one subject; this module puts them together, by name.
+"""
+
+from tokcx_lib.studies import bounded, coverage, exact, gaussian, sharp
+from tokcx_lib.studies.depth import experiments as depth
+from tokcx_lib.studies.downstream import experiments as downstream
+from tokcx_lib.studies.real_heads import experiments as real_heads
+from tokcx_lib.studies.real_heads import token_experiments as real_tokens
+from tokcx_lib.studies.runs import Experiment
+from tokcx_lib.studies.sparse import experiments as sparse
+
+_TOPICS = (bounded, coverage, depth, downstream, exact, gaussian, real_heads, real_tokens, sharp, sparse)
+
+EXPERIMENTS: dict[str, Experiment] = {
+    name: topic.EXPERIMENTS[name] for topic in _TOPICS for name in sorted(topic.EXPERIMENTS)
+}

@@ -1,0 +1,102 @@
+"""Token budgets of a query: how many tokens it needs, by leading order and exactly.
+
+`softmax_law` has the exact law of softmax over n tokens; this module inverts it. Derivations: chapter 9.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import brentq
+
+from tokcx_lib.theory.softmax_law import MOST_TILT, MOST_TOKENS, map_error
+from tokcx_lib.validation import as_array, as_broadcast, as_number, as_positive
+
+
+class TokenBudget(NamedTuple):
+    """Numbers of tokens: `unfrozen` = e^{s^2/2}, beyond which many tokens share the attention, `clt` = e^{2 s^2}."""
+
+    unfrozen: float
+    clt: float
+
+
+def token_budget(load: float) -> TokenBudget:
+    """Tokens that a query of load s needs to leave the frozen phase, and to reach errors like 1/sqrt(n).
+
+    Leading exponential order, for Gaussian logits: the reduced load s / sqrt(2 log n) falls below 1 at n = e^{s^2/2}
+    and below 1/2 at n = e^{2 s^2}. Infinite where that overflows.
+
+    Raises
+    ------
+    ValueError
+        If the load is not a finite number >= 0.
+
+    Source: chapter 9; the transition of the random energy model (Bovier, Kurkova, Loewe 2002).
+    """
+    square = min(as_number("load", load, least=0), 1e150) ** 2
+    return TokenBudget(*(math.exp(x) if x < 709 else math.inf for x in (square / 2, 2 * square)))
+
+
+def relative_error(n, load) -> np.ndarray:
+    """Root mean square error of attention at a query of load s, relative to s: sqrt(E(Gamma_n - s)^2) / s.
+
+    One-dimensional Gaussian law: the component along which the query looks, in units of the tokens, against its limit
+    s.
+
+    Parameters
+    ----------
+    n : numbers of tokens, real, from 1 to 1e250; load : numbers > 0, up to 300. They broadcast.
+
+    Returns
+    -------
+    Array of the broadcast shape, to about 1e-12 of its numbers
+
+    Raises
+    ------
+    ValueError
+        If n or a load is out of range.
+
+    Source: chapter 9.
+    """
+    load = as_array("load", load, most=MOST_TILT)
+    if not (load > 0).all():
+        raise ValueError(f"load: expected positive numbers, got {load if load.ndim == 0 else load.ravel()[:8]}")
+    as_broadcast("n, load", as_array("n", n), load)
+    return np.sqrt(map_error(n, load)) / load
+
+
+def sample_complexity(load: float, error: float) -> float:
+    """Tokens after which a query of load s has a relative error of at most `error`: E(Gamma_n - s)^2 <= error^2 s^2.
+
+    Inverts `relative_error`, which falls with n, for real n. Exact, where `token_budget` is of leading order.
+
+    Parameters
+    ----------
+    load : positive, up to 300; error : positive, relative root mean square error. One of 1 or more is reached while the
+        output is still another one altogether, at n = 1 beyond sqrt(1 + 1/s^2).
+
+    Returns
+    -------
+    float, the smallest such n >= 1: rounded up to an integer below 10^15, beyond that to about ten digits
+
+    Raises
+    ------
+    ValueError
+        If load or error is out of range, or more than 1e250 tokens are needed.
+
+    Source: chapter 9.
+    """
+    load, error = as_positive("load", load, most=MOST_TILT), as_positive("error", error)
+
+    def excess(log_n: float) -> float:
+        return float(np.log(relative_error(math.exp(log_n), load))) - math.log(error)
+
+    last = math.log(MOST_TOKENS) - 1e-9
+    if excess(0.0) <= 0:
+        return 1.0
+    if excess(last) > 0:
+        raise ValueError(f"load, error: expected a pair that takes at most {MOST_TOKENS:g} tokens, got {load}, {error}")
+    n = math.exp(brentq(excess, 0.0, last, xtol=1e-13, rtol=1e-12))
+    return float(math.ceil(n - 1e-9 * n)) if n < 1e15 else n
