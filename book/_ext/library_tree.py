@@ -13,6 +13,8 @@ from docutils import nodes
 from docutils.statemachine import StringList
 from sphinx.util.docutils import SphinxDirective
 
+DOOR = "The ground, which all others use; `plots`; and `cli`, which knows them all"
+
 
 def contract(root: Path) -> list[str]:
     """Rooms and modules at the library's door, from the ground up, as the contract has them."""
@@ -74,14 +76,12 @@ def names(file: Path) -> list[str]:
 
 def page(root: Path) -> list[str]:
     """The lines of Markdown that the directive stands for."""
-    lines = []
+    lines = ["", "| room | what it holds |", "|---|---|"]
     for room in rooms(root):
-        head = (
-            summary(root / "tokcx_lib" / room / "__init__.py")
-            if room
-            else "At the door: the ground, which all use; `plots`; and `cli`, which knows all."
-        )
-        lines += ["", f"**`{room or 'tokcx_lib'}/`** {head}", "", "| module | what it holds |", "|---|---|"]
+        head = _cell(summary(root / "tokcx_lib" / room / "__init__.py")) if room else DOOR
+        lines.append(f"| {_path(room)} | {head} |")
+    for room in rooms(root):
+        lines += ["", f"**{_path(room)}**", "", "| module | what it holds |", "|---|---|"]
         files = modules(root, room)
         numbered = [file for file in files if re.fullmatch(r"chapter_\d+", file.stem)]
         for file in (file for file in files if file not in numbered):
@@ -93,6 +93,10 @@ def page(root: Path) -> list[str]:
         if listed:
             lines += ["", ":::{dropdown} Functions and classes", *listed, ":::"]
     return lines
+
+
+def _path(room: str) -> str:
+    return f"`{'/'.join(filter(None, ('tokcx_lib', room)))}/`"
 
 
 def _cell(text: str) -> str:
