@@ -231,7 +231,7 @@ def test_the_book_is_prose_and_needs_a_checkout(tmp_path, monkeypatch):
     assert text.count("\n## ") > 20 and "attention" in text and r"\Sigma" in text
     for left_out in ("jupytext:", "```", "import torch", ":label:", ":tags:", "make test\n"):
         assert left_out not in text, left_out
-    monkeypatch.setattr(corpora, "__file__", str(tmp_path / "tokcx_lib" / "corpora.py"))
+    monkeypatch.setattr(corpora, "__file__", str(tmp_path / "tokcx_lib" / "models" / "corpora.py"))
     with pytest.raises(ValueError, match="corpus: 'book' is read from a checkout"):
         corpora.open_corpus("book")
 
