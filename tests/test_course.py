@@ -6,6 +6,10 @@ import zipfile
 
 import nbformat
 import pytest
+from markdown_it import MarkdownIt
+from mdit_py_plugins.dollarmath import dollarmath_plugin
+from mdit_py_plugins.myst_blocks import myst_block_plugin
+from mdit_py_plugins.myst_role import myst_role_plugin
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
@@ -156,6 +160,24 @@ BOOK = plain.Book(
 )
 def test_myst_to_plain_markdown(myst, markdown):
     assert plain.translate(myst, BOOK, {"value": "0.5"}) == markdown
+
+
+def test_the_places_found_in_chapters_are_those_of_a_parser():
+    """Directives, labels and roles by our patterns, and by markdown-it with the rules of MyST."""
+    parser = MarkdownIt("commonmark").use(myst_block_plugin).use(myst_role_plugin).use(dollarmath_plugin)
+    cells = [cell.source for path in CHAPTERS for cell in notebooks.source_notebook(path).cells]
+    texts = [text for text in cells if "prf:" in text or "{ref}" in text or ")=" in text]
+    assert len(texts) > 50
+    for text in texts:
+        tokens = parser.parse(text)
+        fences = [token for token in tokens if token.type == "fence" and token.info.startswith("{")]
+        ours = list(plain.DIRECTIVE.finditer(text))
+        assert [at["name"] for at in ours] == [re.match(r"{([^}]*)}", fence.info)[1] for fence in fences]
+        targets = [token.content for token in tokens if token.type == "myst_target"]
+        assert [at["label"] for at in plain.ANCHOR.finditer(text)] == targets
+        roles = [part for token in tokens for part in token.children or [] if part.type == "myst_role"]
+        outside = plain.ROLE.finditer(plain.DIRECTIVE.sub("", text))
+        assert [at["name"] for at in outside] == [part.meta["name"] for part in roles]
 
 
 @pytest.mark.parametrize("text", ["{prf:ref}`thm-z`", "{glue:text}`none`", "{cite:t}`none`", "{unknown}`x`"])

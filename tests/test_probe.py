@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -251,12 +253,33 @@ def test_numbers_are_shown_with_three_digits(number, shown):
     assert report._number(number) == shown
 
 
+META = {"tokens": TOKENS, "queries": QUERIES, "seed": 0, "context": 256, "model": "m", "model_sha256": None}
+META |= {"text": "t", "text_sha256": "0" * 64, **records.provenance()}
+
+
 def test_a_head_that_looks_at_nothing_is_drawn(table, tmp_path):
     nothing = table.copy()
     nothing.loc[0, ["horizon", "coupling", "load_median", "load_05", "load_25"]] = 0.0
-    meta = {"tokens": TOKENS, "queries": QUERIES, "seed": 0, "context": 256, "model": "m", "model_sha256": None}
-    meta |= {"text": "t", "text_sha256": "0" * 64, **records.provenance()}
-    assert len(report.write(nothing, meta, tmp_path)) == 7
+    assert len(report.write(nothing, META, tmp_path)) == 7
+
+
+def test_what_a_page_is_given_is_shown_and_never_obeyed(table, monkeypatch):
+    """Names are text, be they HTML or of the template's language; our own prose is HTML."""
+    monkeypatch.setattr(report, "_draw", lambda *arguments, **options: b"png")
+    evil = "<script>alert(1)</script> & \"'{{ 7 * 7 }} {% raw %}"
+    meta = META | {"model": evil, "text": evil, "device": evil, "created": evil, "versions": {evil: evil}}
+    content = report.page(table, meta)
+    page = Page(content)
+    tags = {tag for tag, _ in page.tags}
+    assert "script" not in tags and {"b", "i", "sup", "table"} <= tags and "&lt;b&gt;" not in content
+    assert "".join(page.words).count(evil) == 9  # two in the title, one in the heading, six in the facts
+    assert all(value.isprintable() and "<" not in value for _, given in page.tags for value in given.values())
+
+
+def test_the_template_is_part_of_a_wheel():
+    declared = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    assert declared["tool"]["setuptools"]["package-data"] == {"tokcx_lib.probe": ["page.html.j2"]}
+    assert (Path(report.__file__).parent / "page.html.j2").is_file()
 
 
 @pytest.mark.slow

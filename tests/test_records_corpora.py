@@ -5,9 +5,17 @@ import hashlib
 import json
 import lzma
 import platform
+import re
+import textwrap
+from pathlib import Path
 
 import pandas as pd
 import pytest
+from markdown_it import MarkdownIt
+from mdit_py_plugins.colon_fence import colon_fence_plugin
+from mdit_py_plugins.dollarmath import dollarmath_plugin
+from mdit_py_plugins.front_matter import front_matter_plugin
+from mdit_py_plugins.myst_blocks import myst_block_plugin
 
 from tokcx_lib import records
 from tokcx_lib.models import corpora
@@ -226,12 +234,45 @@ def test_prose_is_what_is_left_of_a_page():
     ]  # fmt: skip
 
 
+def parsed_prose(page):
+    """The prose of a page as markdown-it finds it, with the rules of MyST: lines in no token that holds none."""
+    parser = MarkdownIt("commonmark")
+    for plugin in (front_matter_plugin, myst_block_plugin, colon_fence_plugin, dollarmath_plugin):
+        parser.use(plugin)
+    lines = page.splitlines(keepends=True)
+    for token in parser.parse(page):
+        if token.type in ("fence", "colon_fence"):
+            first, last = token.map
+            body = lines[first + 1 : last - 1]
+            while body and re.match(r"\s*:[\w-]+:", body[0]):
+                del body[0]
+            name = token.info.partition(" ")[0]
+            prose = name.startswith("{") and name not in corpora._NO_PROSE
+            kept = [parsed_prose(textwrap.dedent("".join(body)))] if prose else []
+        elif token.type in ("front_matter", "myst_target", "myst_line_comment"):
+            (first, last), kept = token.map, []
+        else:
+            continue
+        lines[first:last] = kept + [""] * (last - first - len(kept))
+    return "".join(lines)
+
+
+def test_the_prose_of_the_book_is_that_of_a_parser():
+    root = Path(corpora.__file__).parents[2]
+    pages = [*root.glob("chapters/*.md"), *root.glob("book/*/*.md")]
+    assert len(pages) > 20
+    for path in pages:
+        page = path.read_text(encoding="utf-8")
+        ours, parsed = ([line.strip() for line in f(page).splitlines()] for f in (corpora._prose, parsed_prose))
+        assert ours == parsed, path.name
+
+
 def test_the_book_is_prose_and_needs_a_checkout(tmp_path, monkeypatch):
     text = corpora.open_corpus("book").text
     assert text.count("\n## ") > 20 and "attention" in text and r"\Sigma" in text
     for left_out in ("jupytext:", "```", "import torch", ":label:", ":tags:", "make test\n"):
         assert left_out not in text, left_out
-    monkeypatch.setattr(corpora, "__file__", str(tmp_path / "tokcx_lib" / "corpora.py"))
+    monkeypatch.setattr(corpora, "__file__", str(tmp_path / "tokcx_lib" / "models" / "corpora.py"))
     with pytest.raises(ValueError, match="corpus: 'book' is read from a checkout"):
         corpora.open_corpus("book")
 

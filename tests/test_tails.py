@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import special
+from scipy import special, stats
 
 from tokcx_lib import runtime
 from tokcx_lib.models.heads import Head
@@ -51,6 +51,15 @@ RADEMACHER = torch.tensor([-1.0, 1.0]).repeat(N // 2)
 def test_moments_of_known_laws(sample, skewness, kurtosis, within):
     assert tails.skewness(sample).item() == pytest.approx(skewness, abs=within)
     assert tails.excess_kurtosis(sample).item() == pytest.approx(kurtosis, abs=within)
+
+
+def test_moments_are_those_of_scipy_and_do_not_overflow_where_its_do():
+    x = normal(3, 1000).exp() + 2
+    assert tails.skewness(x).numpy() == pytest.approx(stats.skew(x, axis=-1), rel=1e-12)
+    assert tails.excess_kurtosis(x).numpy() == pytest.approx(stats.kurtosis(x, axis=-1), rel=1e-12)
+    for measure in (tails.skewness, tails.excess_kurtosis):
+        for scale in (1e-120, 1e120):
+            assert torch.allclose(measure(scale * x), measure(x), rtol=1e-9)
 
 
 @settings(max_examples=30, deadline=None)

@@ -7,9 +7,11 @@ part, in words of its own. Arrows that follow from others are left out.
 """
 
 import re
-from itertools import permutations, product
+from itertools import combinations, permutations, product
 from pathlib import Path
 from textwrap import wrap
+
+import networkx as nx
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "book" / "_static" / "dependencies.svg"
@@ -44,45 +46,42 @@ def needs(texts: dict[int, str]) -> dict[tuple[int, int], bool]:
     return edges
 
 
-def reachable(edges, start: int) -> set[int]:
-    """Chapters that need `start`, at once or through others."""
-    found, new = set(), {start}
-    while new:
-        new = {b for a, b in edges if a in new} - found
-        found |= new
-    return found
+def solid(edges: dict[tuple[int, int], bool]) -> nx.DiGraph:
+    """The chapters, and between them the arrows that stand for a whole one."""
+    graph = nx.DiGraph()
+    graph.add_nodes_from(chapter for edge in edges for chapter in edge)
+    graph.add_edges_from(edge for edge, whole in edges.items() if whole)
+    return graph
 
 
 def drawn(edges: dict[tuple[int, int], bool]) -> dict[tuple[int, int], bool]:
     """The arrows that do not follow from others that are solid."""
-    solid = {edge for edge, whole in edges.items() if whole}
-    return {edge: whole for edge, whole in edges.items() if edge[1] not in reachable(solid - {edge}, edge[0])}
+    every = solid(edges)
+    least = nx.transitive_reduction(every)
+
+    def follows(edge, whole):
+        return edge not in least.edges if whole else nx.has_path(every, *edge)
+
+    return {edge: whole for edge, whole in edges.items() if not follows(edge, whole)}
 
 
 def columns(numbers, edges) -> list[list[int]]:
-    """Chapters by the length of the longest chain of solid arrows before them, each column in a good order."""
-    solid = {edge for edge, whole in edges.items() if whole}
+    """Chapters by the length of the longest chain of solid arrows before them, each column in the best order."""
+    graph = solid(edges)
+    graph.add_nodes_from(numbers)
+    by_depth = [permutations(sorted(column)) for column in nx.topological_generations(graph)]
+    return [list(column) for column in min(product(*by_depth), key=lambda order: tangle(order, edges))]
 
-    def depth(chapter):
-        return max((depth(a) + 1 for a, b in solid if b == chapter), default=0)
 
-    by_depth = {}
-    for n in numbers:
-        by_depth.setdefault(depth(n), []).append(n)
-    best, cost = None, None
-    for order in product(*(permutations(by_depth[k]) for k in sorted(by_depth))):
-        place = {n: i - (len(column) - 1) / 2 for column in order for i, n in enumerate(column)}
-        level = {n: k for k, column in enumerate(order) for n in column}
-        ends = [(level[a], level[b], place[a], place[b]) for a, b in edges]
-        crossings = sum(
-            (p[0], p[1]) == (q[0], q[1]) and (p[2] - q[2]) * (p[3] - q[3]) < 0
-            for i, p in enumerate(ends)
-            for q in ends[:i]
-        )
-        length = sum(abs(end[2] - end[3]) ** 2 for end in ends)
-        if cost is None or (crossings, length) < cost:
-            best, cost = order, (crossings, length)
-    return [list(column) for column in best]
+def tangle(order, edges) -> tuple[int, float]:
+    """How many arrows cross between columns in this order, then how far up or down arrows go."""
+    place = {n: i - (len(column) - 1) / 2 for column in order for i, n in enumerate(column)}
+    level = {n: k for k, column in enumerate(order) for n in column}
+    ends = [(level[a], level[b], place[a], place[b]) for a, b in edges]
+    crossings = sum(
+        (p[0], p[1]) == (q[0], q[1]) and (p[2] - q[2]) * (p[3] - q[3]) < 0 for p, q in combinations(ends, 2)
+    )
+    return crossings, sum(abs(end[2] - end[3]) ** 2 for end in ends)
 
 
 def boxes(numbers, edges) -> dict[int, tuple[float, float]]:
@@ -134,6 +133,21 @@ def box(chapter: int, title: str, at) -> str:
     )
 
 
+def legend(foot: float) -> list[str]:
+    """What colours and dashes mean, in one line at the foot."""
+    found, x = [], 2
+    for name, colour in PARTS.items():
+        found.append(f'  <rect x="{x}" y="{foot - 13}" width="14" height="14" rx="3" {tint(colour)}/>')
+        found.append(f'  <text x="{x + 22}" y="{foot - 1}" font-size="14">{name}</text>')
+        x += 50 + 8 * len(name)
+    for name, dash in (("all of it", ""), ("a part of it", ' stroke-dasharray="5 4"')):
+        line = f'd="M{x + 20},{foot - 6} h34" stroke="{LINES}" stroke-width="1.6"{dash}'
+        found.append(f'  <path {line} marker-end="url(#tip)"/>')
+        found.append(f'  <text x="{x + 66}" y="{foot - 1}" font-size="14">{name}</text>')
+        x += 90 + 8 * len(name)
+    return found
+
+
 def svg() -> str:
     texts = chapters()
     titles = {n: re.search(r"^# \d+ · (.*)$", text, re.M)[1].replace("$", "") for n, text in texts.items()}
@@ -145,16 +159,6 @@ def svg() -> str:
     for (a, b), whole in sorted(shown.items()):
         if (b, a) not in shown or a < b:
             arrows.append(arrow(a, b, whole, (b, a) in shown, at))
-    legend, x = [], 2
-    for name, colour in PARTS.items():
-        legend.append(f'  <rect x="{x}" y="{foot - 13}" width="14" height="14" rx="3" {tint(colour)}/>')
-        legend.append(f'  <text x="{x + 22}" y="{foot - 1}" font-size="14">{name}</text>')
-        x += 50 + 8 * len(name)
-    for name, dash in (("all of it", ""), ("a part of it", ' stroke-dasharray="5 4"')):
-        line = f'd="M{x + 20},{foot - 6} h34" stroke="{LINES}" stroke-width="1.6"{dash}'
-        legend.append(f'  <path {line} marker-end="url(#tip)"/>')
-        legend.append(f'  <text x="{x + 66}" y="{foot - 1}" font-size="14">{name}</text>')
-        x += 90 + 8 * len(name)
     size = f'viewBox="0 0 {width:g} {foot + 8:g}" width="{width:g}" height="{foot + 8:g}"'
     return "\n".join(
         [
@@ -170,7 +174,7 @@ def svg() -> str:
             *(box(n, titles[n], at) for n in texts),
             "</g>",
             f'<g fill="{INK}">',
-            *legend,
+            *legend(foot),
             "</g>",
             "</svg>",
             "",

@@ -14,6 +14,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from itertools import chain, repeat
 from pathlib import Path
 
@@ -44,24 +45,27 @@ def lecture(text: str, root: Path, book: plain.Book) -> nbformat.NotebookNode:
     def written(words: str) -> list[nbformat.NotebookNode]:
         return [new_markdown_cell(plain.translate(words, book, values))] if words.strip() else []
 
-    cells = []
-    for slide in text.split("\n---\n"):
-        shown, _, note = slide.partition("\nNote:")
-        words, *rest = FIGURE.split(shown)  # words, then chapter, figure, words for every figure
-        made = written(words)
-        for stem, name, after in zip(rest[::3], rest[1::3], rest[2::3]):
-            made += [figure(stored, stem, name), *written(after)]
-        if len(made) == 2 and len(words.strip().splitlines()) == 1:
-            made[1].metadata.tags = [*made[1].metadata.get("tags", []), "tall"]  # a title and a figure
-        for place, cell in zip(chain(["slide"], repeat("-")), made):
-            cell.metadata.slideshow = {"slide_type": place}
-        for cell in written(note):
-            cell.metadata.slideshow = {"slide_type": "notes"}
-            made.append(cell)
-        cells += made
+    cells = [cell for slide in text.split("\n---\n") for cell in one_slide(slide, stored, written)]
     for number, cell in enumerate(cells):
         cell.id = f"cell-{number:03d}"
     return nbformat.v4.new_notebook(cells=cells)
+
+
+def one_slide(text: str, stored: dict, written: Callable[[str], list]) -> list[nbformat.NotebookNode]:
+    """The cells of a slide: its words as `written`, the figures between them, and its note."""
+    shown, _, note = text.partition("\nNote:")
+    words, *rest = FIGURE.split(shown)  # words, then chapter, figure, words for every figure
+    made = written(words)
+    for stem, name, after in zip(rest[::3], rest[1::3], rest[2::3]):
+        made += [figure(stored, stem, name), *written(after)]
+    if len(made) == 2 and len(words.strip().splitlines()) == 1:
+        made[1].metadata.tags = [*made[1].metadata.get("tags", []), "tall"]  # a title and a figure
+    notes = written(note)
+    for place, cell in zip(chain(["slide"], repeat("-")), made):
+        cell.metadata.slideshow = {"slide_type": place}
+    for cell in notes:
+        cell.metadata.slideshow = {"slide_type": "notes"}
+    return made + notes
 
 
 def figure(stored: dict, stem: str, name: str) -> nbformat.NotebookNode:
@@ -82,7 +86,21 @@ def title(text: str) -> str:
 def write_slides(root: Path, out: Path) -> list[Path]:
     """Write every lecture as a page into `out`, which is replaced, with reveal.js and MathJax; the pages."""
     shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    copy_scripts(out)
+    exporter, resources = page_exporter(), {"macros": json.dumps(plain.tex_macros(root))}
+    book, pages = plain.read_book(root), []
+    for path in sorted((root / "book" / "teaching" / "slides").glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        notebook = lecture(text, root, book)
+        notebook.metadata.title = title(text)
+        page, _ = exporter.from_notebook_node(notebook, resources=dict(resources))
+        pages.append(out / f"{path.stem}.html")
+        pages[-1].write_text(page, encoding="utf-8")
+    return pages
+
+
+def copy_scripts(out: Path) -> None:
+    """What the pages load, from the packages that hold it: reveal.js and MathJax."""
 
     def site(name: str) -> Path:
         return Path(importlib.util.find_spec(name).origin).parent
@@ -91,21 +109,16 @@ def write_slides(root: Path, out: Path) -> list[Path]:
     for part in ("dist", "plugin/notes"):
         shutil.copytree(reveal / part, out / "reveal" / part)
     shutil.copytree(site("sphinx-mathjax-offline") / "static" / "mathjax", out / "mathjax")
+
+
+def page_exporter() -> SlidesExporter:
+    """What makes a page of a notebook, by our template, without the code of figures."""
     config = Config()
     config.TemplateExporter.extra_template_basedirs = [str(Path(__file__).parent)]
     config.TagRemovePreprocessor.update({"enabled": True, "remove_input_tags": {"hide"}})
-    exporter = SlidesExporter(
+    return SlidesExporter(
         config=config, template_name="slides_template", reveal_url_prefix="reveal", reveal_theme="white"
     )
-    book, pages = plain.read_book(root), []
-    for path in sorted((root / "book" / "teaching" / "slides").glob("*.md")):
-        text = path.read_text(encoding="utf-8")
-        notebook = lecture(text, root, book)
-        notebook.metadata.title = title(text)
-        page, _ = exporter.from_notebook_node(notebook, resources={"macros": json.dumps(plain.tex_macros(root))})
-        pages.append(out / f"{path.stem}.html")
-        pages[-1].write_text(page, encoding="utf-8")
-    return pages
 
 
 def main(arguments: list[str] | None = None) -> int:

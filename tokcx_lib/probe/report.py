@@ -1,7 +1,8 @@
 """The report of a probe: a page that stands alone, with heat maps, the phase diagram, and a reading of the numbers.
 
 The page asks no other host for anything and runs no script; its figures are inside it, drawn once for light and once
-for dark screens.
+for dark screens. It is the template page.html.j2, which escapes what it is given, names of models and texts among it;
+HTML of this module is Markup, and what is formatted into that is escaped too.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import base64
 import json
 import math
 from collections.abc import Callable
-from html import escape
 from io import BytesIO
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from tokcx_lib import plots, records
@@ -25,6 +28,14 @@ MADE = "probe.json"  # what made the other files
 _ELSEWHERE = "choose another folder, or give --force to replace it"
 HARDEST = 3  # heads that the reading names
 LIGHT_INK = "#dfe3e7"  # of maps on a dark screen
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
 PHASES = {
     "averaging": "many tokens share the attention, and errors fall like 1/√n",
     "extremal": "the few tokens with the largest logits decide, and errors fall more slowly than 1/√n",
@@ -180,106 +191,142 @@ def hardest(table: pd.DataFrame, count: int = HARDEST) -> pd.DataFrame:
     return table.sort_values("load_median", ascending=False, kind="stable").head(count)
 
 
-def reading(table: pd.DataFrame, meta: dict) -> list[tuple[str, str]]:
-    """What the numbers say, as pairs of a heading and HTML, which begins with a paragraph."""
-    n, found = meta["tokens"], table["phase"].value_counts()
-    phases = "; ".join(
-        f"<b>{found.get(name, 0)} {name}</b> ({what})" for name, what in PHASES.items() if found.get(name, 0)
-    )
-    slowest = table.loc[table["coupling"].idxmax()]
-    largest = "".join(_one_head(head, meta) for _, head in hardest(table).iterrows())
+BUDGETS = Markup(
+    "<p>If the logits of a query of load <i>s</i> were Gaussian, its output would depend on single tokens up to "
+    "about <i>e</i><sup><i>s</i>²/2</sup> tokens (<i>not frozen beyond</i>), and its error would fall like "
+    "1/√<i>n</i> only beyond about <i>e</i><sup>2<i>s</i>²</sup> (<i>1/√n beyond</i>). Both are of leading "
+    "exponential order. <i>10% at</i> is exact under the same assumption: the tokens after which the root mean "
+    "square error is a tenth of the output's component along the query's direction. A query of small load has "
+    "a small output, so that it too takes many tokens to a tenth of it.</p>"
+)
+
+
+def reading(table: pd.DataFrame, meta: dict) -> list[tuple[str, Markup]]:
+    """What the numbers say, as pairs of a heading and paragraphs of HTML."""
     return [
-        (
-            "Where the heads are",
-            f"By the load of its median query, on {n:,} tokens{_or_window(table)}, the {len(table)} heads are in these "
-            f"phases: {phases}.",
-        ),
-        (
-            "The hardest heads",
-            "The load of a query is the standard deviation of its logits over the keys. The larger it is, the fewer "
-            "tokens share the attention and the more of them it takes until the output has converged. The largest "
-            f"median loads:</p>\n<ul>{largest}</ul>",
-        ),
-        (
-            "What a token budget means",
-            "If the logits of a query of load <i>s</i> were Gaussian, its output would depend on single tokens up to "
-            "about <i>e</i><sup><i>s</i>²/2</sup> tokens (<i>not frozen beyond</i>), and its error would fall like "
-            "1/√<i>n</i> only beyond about <i>e</i><sup>2<i>s</i>²</sup> (<i>1/√n beyond</i>). Both are of leading "
-            "exponential order. <i>10% at</i> is exact under the same assumption: the tokens after which the root mean "
-            "square error is a tenth of the output's component along the query's direction. A query of small load has "
-            "a small output, so that it too takes many tokens to a tenth of it.",
-        ),
-        (
-            "How fast the moments converge",
-            f"The mean and covariance of a head's outputs over all its queries converge like <i>n</i><sup>−β</sup>, "
-            f"where β depends on the coupling Ψ = <i>H</i>². The slowest is {_name(slowest)}, with "
-            f"<i>H</i> = {_number(slowest['horizon'])}: β = {slowest['exponent_sharp']:.3f} for Gaussian tokens, at "
-            f"least {_number(slowest['exponent_reported'])} by the reported theorem.",
-        ),
+        ("Where the heads are", _in_phases(table, meta)),
+        ("The hardest heads", _hardest_heads(table, meta)),
+        ("What a token budget means", BUDGETS),
+        ("How fast the moments converge", _slowest_head(table)),
     ]
+
+
+def _in_phases(table: pd.DataFrame, meta: dict) -> Markup:
+    found = table["phase"].value_counts()
+    phases = Markup("; ").join(
+        Markup("<b>{} {}</b> ({})").format(found[name], name, what) for name, what in PHASES.items() if name in found
+    )
+    return Markup(
+        "<p>By the load of its median query, on {:,} tokens{}, the {} heads are in these phases: {}.</p>"
+    ).format(meta["tokens"], _or_window(table), len(table), phases)
+
+
+def _hardest_heads(table: pd.DataFrame, meta: dict) -> Markup:
+    heads = Markup("").join(_one_head(head, meta) for _, head in hardest(table).iterrows())
+    return Markup(
+        "<p>The load of a query is the standard deviation of its logits over the keys. The larger it is, the fewer "
+        "tokens share the attention and the more of them it takes until the output has converged. The largest "
+        "median loads:</p>\n<ul>{}</ul>"
+    ).format(heads)
+
+
+def _one_head(head: pd.Series, meta: dict) -> Markup:
+    return Markup(
+        "<li><b>{}</b>: load {} (95% of queries below {}), {} effective of {:,} tokens; with Gaussian logits, 10% at "
+        "{} tokens</li>"
+    ).format(
+        _name(head),
+        _number(head["load_median"]),
+        _number(head["load_95"]),
+        _number(_effective(head, meta)),
+        _keys(head, meta),
+        _number(head["tokens_10_percent"]),
+    )
+
+
+def _slowest_head(table: pd.DataFrame) -> Markup:
+    slowest = table.loc[table["coupling"].idxmax()]
+    return Markup(
+        "<p>The mean and covariance of a head's outputs over all its queries converge like <i>n</i><sup>−β</sup>, "
+        "where β depends on the coupling Ψ = <i>H</i>². The slowest is {}, with <i>H</i> = {}: β = {:.3f} for Gaussian "
+        "tokens, at least {} by the reported theorem.</p>"
+    ).format(
+        _name(slowest),
+        _number(slowest["horizon"]),
+        slowest["exponent_sharp"],
+        _number(slowest["exponent_reported"]),
+    )
 
 
 def _name(head: pd.Series) -> str:
     return f"layer {head['layer']}, head {head['head']}"
 
 
-def _one_head(head: pd.Series, meta: dict) -> str:
-    return (
-        f"<li><b>{_name(head)}</b>: load {_number(head['load_median'])} "
-        f"(95% of queries below {_number(head['load_95'])}), "
-        f"{_number(_effective(head, meta))} effective of {_keys(head, meta):,} tokens; with Gaussian logits, 10% at "
-        f"{_number(head['tokens_10_percent'])} tokens</li>"
-    )
-
-
-def caveats(table: pd.DataFrame, meta: dict) -> list[str]:
+def caveats(table: pd.DataFrame, meta: dict) -> list[Markup]:
     """What the numbers do not say, as sentences of HTML."""
-    n = meta["tokens"]
+    tokens, queries = meta["tokens"], min(meta["queries"], meta["tokens"])
     found = [
-        "<b>Budgets and phases assume Gaussian logits.</b> Then a share <i>e</i><sup>−<i>s</i>²</sup> of many tokens "
-        "is effective. On real heads of load above 2 the measured share is often far higher, so a budget ranks "
-        "heads; it "
-        "does not bound what they need." + _measured_share(table, meta),
-        "<b>The covariance stands in for the sub-Gaussian matrix</b> that a bound would want, so horizons, couplings "
-        "and loads describe these tokens and are not constants of a theorem. The same holds for the exponents.",
-        f"<b>Tokens are pooled.</b> They were computed in windows of {meta['context']} tokens, and the queries attend "
-        f"to all {n:,} of them. The model itself looks at its own context only.",
-        f"<b>Medians are over {min(meta['queries'], n):,} queries</b> drawn at random; a share of the queries has "
-        "larger loads (column 5–95%).",
+        Markup(
+            "<b>Budgets and phases assume Gaussian logits.</b> Then a share <i>e</i><sup>−<i>s</i>²</sup> of many "
+            "tokens is effective. On real heads of load above 2 the measured share is often far higher, so a budget "
+            "ranks heads; it does not bound what they need. {}"
+        ).format(_measured_share(table, meta)),
+        Markup(
+            "<b>The covariance stands in for the sub-Gaussian matrix</b> that a bound would want, so horizons, "
+            "couplings and loads describe these tokens and are not constants of a theorem. The same holds for the "
+            "exponents."
+        ),
+        Markup(
+            "<b>Tokens are pooled.</b> They were computed in windows of {} tokens, and the queries attend to all {:,} "
+            "of them. The model itself looks at its own context only."
+        ).format(meta["context"], tokens),
+        Markup(
+            "<b>Medians are over {:,} queries</b> drawn at random; a share of the queries has larger loads (column "
+            "5–95%)."
+        ).format(queries),
     ]
+    return found + _of_positions(table, tokens)
+
+
+def _of_positions(table: pd.DataFrame, tokens: int) -> list[Markup]:
+    """Caveats of heads that do not see all tokens, or see where they are."""
+    found = []
     if table["causal"].any():
         found.append(
-            "<b>These heads are causal.</b> A query at position <i>i</i> sees <i>i</i> keys: read <i>n</i> as the "
-            "number of earlier tokens. Phases and effective tokens are those of a query that sees all of the "
-            f"{n:,} pooled tokens."
+            Markup(
+                "<b>These heads are causal.</b> A query at position <i>i</i> sees <i>i</i> keys: read <i>n</i> as the "
+                "number of earlier tokens. Phases and effective tokens are those of a query that sees all of the {:,} "
+                "pooled tokens."
+            ).format(tokens)
         )
     if "window" in table:
         found.append(
-            "<b>Some heads read a sliding window.</b> Their queries see no more keys than column window says: phases "
-            "and effective tokens are those of so many, and heads.csv leaves larger numbers of keys empty."
+            Markup(
+                "<b>Some heads read a sliding window.</b> Their queries see no more keys than column window says: "
+                "phases and effective tokens are those of so many, and heads.csv leaves larger numbers of keys empty."
+            )
         )
     if f"horizon_{DISTANCES[0]}" in table:
-        distances = " and ".join(f"{distance:,}" for distance in DISTANCES)
         found.append(
-            "<b>Positions are rotary</b>, so logits depend on the distance between query and key. Maps, phases and "
-            f"effective tokens are those at distance 0; the table gives horizon and load at distances {distances} too."
+            Markup(
+                "<b>Positions are rotary</b>, so logits depend on the distance between query and key. Maps, phases and "
+                "effective tokens are those at distance 0; the table gives horizon and load at distances {} too."
+            ).format(" and ".join(f"{distance:,}" for distance in DISTANCES))
         )
     return found
 
 
-def _measured_share(table: pd.DataFrame, meta: dict) -> str:
+def _measured_share(table: pd.DataFrame, meta: dict) -> Markup:
     loaded = table[table["load_median"] > 2]
     if loaded.empty:
-        return " No median load here is above 2."
-    ratio = _each(_effective, loaded, meta) / _each(_keys, loaded, meta) * (loaded["load_median"] ** 2).map(_exp)
+        return Markup("No median load here is above 2.")
+    with np.errstate(over="ignore"):  # infinite then
+        ratio = _each(_effective, loaded, meta) / _each(_keys, loaded, meta) * np.exp(loaded["load_median"] ** 2)
     heads = "the one head" if len(loaded) == 1 else f"the {len(loaded)} heads"
     least = "" if len(loaded) == 1 else "at least "
-    times = f"{least}{_number(ratio.min())} times <i>e</i><sup>−<i>s</i>²</sup>"
-    return f" Here, on {heads} of median load above 2, it is {times}."
-
-
-def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf
+    return Markup("Here, on {} of median load above 2, it is {}{} times <i>e</i><sup>−<i>s</i>²</sup>.").format(
+        heads, least, _number(ratio.min())
+    )
 
 
 # ---- the page ----
@@ -293,7 +340,7 @@ def _number(value: float) -> str:
         rounded = float(f"{value:.3g}")
         return f"{rounded:,.0f}" if abs(rounded) >= 100 else f"{value:#.3g}"
     digits, exponent = f"{value:.2e}".split("e")
-    return f"{digits}&nbsp;×&nbsp;10<sup>{int(exponent)}</sup>".replace("-", "−")
+    return Markup("{}&nbsp;×&nbsp;10<sup>{}</sup>").format(digits, int(exponent)).replace("-", "−")
 
 
 def _columns(table: pd.DataFrame, meta: dict) -> dict[str, Callable[[pd.Series], str]]:
@@ -307,9 +354,9 @@ def _columns(table: pd.DataFrame, meta: dict) -> dict[str, Callable[[pd.Series],
         "head": lambda head: str(head["head"]),
         "horizon": plain("horizon"),
         "median load": plain("load_median"),
-        "5–95%": lambda head: f"{_number(head['load_05'])} – {_number(head['load_95'])}",
+        "5–95%": lambda head: Markup("{} – {}").format(_number(head["load_05"]), _number(head["load_95"])),
         "effective": lambda head: _number(_effective(head, meta)),
-        "phase": lambda head: f'<span class="{head["phase"]}">{head["phase"]}</span>',
+        "phase": lambda head: Markup('<span class="{0}">{0}</span>').format(head["phase"]),
         "not frozen beyond": plain("tokens_unfrozen"),
         "1/√n beyond": plain("tokens_clt"),
         "10% at": plain("tokens_10_percent"),
@@ -324,167 +371,51 @@ def _columns(table: pd.DataFrame, meta: dict) -> dict[str, Callable[[pd.Series],
     return found
 
 
-def _heads_table(table: pd.DataFrame, meta: dict) -> str:
-    columns = _columns(table, meta)
-    top = "".join(f'<th scope="col">{name}</th>' for name in columns)
-    cells = ("".join(f"<td>{cell(head)}</td>" for cell in columns.values()) for _, head in table.iterrows())
-    rows = (f"<tr>{row}</tr>" for row in cells)
-    return f"<table><thead><tr>{top}</tr></thead><tbody>\n" + "\n".join(rows) + "\n</tbody></table>"
-
-
-def _figure(name: str, table: pd.DataFrame, meta: dict, caption: str) -> str:
+def _picture(name: str, table: pd.DataFrame, meta: dict) -> dict[str, str]:
+    """A figure of the page: `alt`, its image for light screens and, of a map, that for dark ones."""
     alt, draw = FIGURES[name]
-    light = _data(_draw(table, meta, draw))
-    if name == "phases":
-        picture = f'<img class="ink" alt="{escape(alt)}" src="{light}">'
-    else:
+    found = {"alt": alt, "light": _data(_draw(table, meta, draw)), "dark": ""}
+    if name != "phases":
         # Turned around, the colours of a map would say the opposite: only its text turns light.
-        dark = _data(_draw(table, meta, draw, ink=LIGHT_INK))
-        source = f'<source media="screen and (prefers-color-scheme: dark)" srcset="{dark}">'
-        picture = f'<picture>{source}<img alt="{escape(alt)}" src="{light}"></picture>'
-    return f'<figure><div class="wide">{picture}</div><figcaption>{caption}</figcaption></figure>'
+        found["dark"] = _data(_draw(table, meta, draw, ink=LIGHT_INK))
+    return found
 
 
 def _data(image: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(image).decode()
 
 
-def _facts(table: pd.DataFrame, meta: dict) -> str:
-    def checked(name: str, value) -> str:
-        checksum = meta.get(f"{name}_sha256")
-        shown = f' <span class="faint">sha256 {checksum[:12]}</span>' if checksum else ""
-        return escape(str(value)) + shown
-
+def _facts(table: pd.DataFrame, meta: dict) -> dict[str, tuple[str, str]]:
+    """What was probed, each with the beginning of its checksum, where one is known."""
     layers = sorted(table["layer"].unique())
     run = 1 < len(layers) == layers[-1] - layers[0] + 1
     span = f"{layers[0]}–{layers[-1]}" if run else ", ".join(map(str, layers))
+    versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
     facts = {
-        "model": checked("model", meta["model"]),
-        "text": checked("text", meta["text"]),
+        "model": meta["model"],
+        "text": meta["text"],
         "heads": f"{len(table)}, in {'layers' if len(layers) > 1 else 'layer'} {span}",
-        "tokens": checked("tokens", f"{meta['tokens']:,}, in windows of {meta['context']}"),
+        "tokens": f"{meta['tokens']:,}, in windows of {meta['context']}",
         "queries": f"{min(meta['queries'], meta['tokens']):,}, drawn with seed {meta['seed']}",
-        "device": escape(meta["device"]),
-        "made": escape(
-            meta["created"].replace("T", " ").replace("+00:00", " UTC")
-            + " with "
-            + ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
-        ),
+        "device": meta["device"],
+        "made": meta["created"].replace("T", " ").replace("+00:00", " UTC") + " with " + versions,
     }
-    return "<dl>" + "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items()) + "</dl>"
+    return {name: (value, (meta.get(f"{name}_sha256") or "")[:12]) for name, value in facts.items()}
 
 
 def page(table: pd.DataFrame, meta: dict) -> str:
     """The page, as HTML with its figures inside; arguments as for `write`."""
-    n = meta["tokens"]
-    found = table["phase"].value_counts()
-    counts = "".join(f'<li class="{name}"><b>{found.get(name, 0)}</b> {name}</li>' for name in PHASES)
-    said = "\n".join(f"<h3>{heading}</h3>\n<p>{text}" for heading, text in reading(table, meta))
-    warned = "\n".join(f"<li>{text}</li>" for text in caveats(table, meta))
-    named = ", ".join(f"{head['layer']}.{head['head']}" for _, head in hardest(table).iterrows())
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Heads of {escape(str(meta["model"]))} on {escape(str(meta["text"]))}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<header>
-<h1>How many tokens do the heads of {escape(str(meta["model"]))} need?</h1>
-{_facts(table, meta)}
-<ul class="counts" aria-label="heads in each phase at {n:,} tokens">{counts}</ul>
-</header>
-<main>
-<h2>The heads in the phase diagram</h2>
-{
-        _figure(
-            "phases",
-            table,
-            meta,
-            f"Each dot is a head at its median load, on {n:,} tokens{_or_window(table)}. "
-            f"Those named, layer.head, have the largest loads: {named}. Dashed: the token budgets. "
-            "Lines: relative error of a Gaussian query.",
-        )
-    }
-<h2>Reading</h2>
-{said}
-<h2>What the numbers do not say</h2>
-<ul>
-{warned}
-</ul>
-<h2>Maps</h2>
-{
-        _figure(
-            "horizon",
-            table,
-            meta,
-            "Horizon: how far the head's strongest direction tilts the law of the keys. "
-            "Where it is large, moments converge slowly.",
-        )
-    }
-{_figure("load", table, meta, "Load: standard deviation of the logits of the median query.")}
-{
-        _figure(
-            "effective",
-            table,
-            meta,
-            f"Effective tokens 1/Σw²: how many of {n:,} keys{_or_window(table)} share the "
-            "attention of the median query.",
-        )
-    }
-<h2>All heads</h2>
-<div class="wide">{_heads_table(table, meta)}</div>
-<p class="faint">Every column of the probe is in heads.csv, beside this page.</p>
-</main>
-</body>
-</html>
-"""
-
-
-STYLE = """
-:root {
-  color-scheme: light dark;
-  --ground: #ffffff; --text: #1c2024; --faint: #5f666d; --line: #d9dde1; --surface: #f5f6f7;
-  --averaging: #0072b2; --extremal: #8a5a00; --frozen: #b34700;
-}
-@media screen and (prefers-color-scheme: dark) {
-  :root {
-    --ground: #14181d; --text: #dfe3e7; --faint: #99a2ab; --line: #343b43; --surface: #1d2229;
-    --averaging: #6cb8e8; --extremal: #e9b44c; --frozen: #f28c50;
-  }
-  /* Transparent with black ink: it turns light and keeps its hue. */
-  img.ink { filter: invert(1) hue-rotate(180deg); }
-}
-body {
-  background: var(--ground); color: var(--text); margin: 0 auto; max-width: 62rem; padding: 2rem 1.25rem 4rem;
-  font: 1rem/1.6 system-ui, sans-serif;
-}
-h1 { font-size: 1.8rem; line-height: 1.2; margin: 0 0 1.2rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.35rem; margin: 2.6rem 0 0.6rem; }
-h3 { font-size: 1.05rem; margin: 1.4rem 0 0.2rem; }
-p, main > ul { margin: 0 0 0.8rem; max-width: 44rem; }
-main > ul { padding-left: 1.2rem; }
-main > ul li { margin-bottom: 0.5rem; }
-sup { line-height: 0; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.15rem 1.2rem; margin: 0; font-size: 0.92rem; }
-dt, .faint { color: var(--faint); }
-dd { margin: 0; overflow-wrap: anywhere; }
-.counts { display: flex; flex-wrap: wrap; gap: 0.75rem; list-style: none; margin: 1.5rem 0 0; padding: 0; }
-.counts li {
-  border-left: 4px solid currentColor; background: var(--surface); border-radius: 0.25rem;
-  padding: 0.5rem 1.1rem 0.5rem 0.9rem;
-}
-.counts b { font-size: 1.5rem; margin-right: 0.3rem; font-variant-numeric: tabular-nums; }
-.averaging { color: var(--averaging); } .extremal { color: var(--extremal); } .frozen { color: var(--frozen); }
-figure { margin: 1rem 0 1.8rem; }
-figcaption { color: var(--faint); font-size: 0.9rem; max-width: 44rem; }
-.wide { overflow-x: auto; }
-img { height: auto; max-width: 100%; }
-picture img { max-width: max(100%, 44rem); } /* on a phone a map scrolls */
-table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid var(--line); padding: 0.25rem 0.55rem; text-align: right; white-space: nowrap; }
-th { font-weight: 600; vertical-align: bottom; white-space: normal; }
-tbody tr:hover { background: var(--surface); }
-"""
+    found, columns = table["phase"].value_counts(), _columns(table, meta)
+    return TEMPLATES.get_template("page.html.j2").render(
+        meta=meta,
+        facts=_facts(table, meta),
+        tokens=f"{meta['tokens']:,}",
+        or_window=_or_window(table),
+        counts={name: found.get(name, 0) for name in PHASES},
+        named=", ".join(f"{head['layer']}.{head['head']}" for _, head in hardest(table).iterrows()),
+        pictures={name: _picture(name, table, meta) for name in FIGURES},
+        reading=reading(table, meta),
+        caveats=caveats(table, meta),
+        columns=list(columns),
+        rows=[[cell(head) for cell in columns.values()] for _, head in table.iterrows()],
+    )

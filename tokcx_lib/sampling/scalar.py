@@ -44,6 +44,7 @@ def scalar_moments(tokens: Tensor, slopes: Sequence[float], V, lengths: Sequence
 
 def hermite_cubic(u: Tensor, start: Tensor, end: Tensor, rise_start: Tensor, rise_end: Tensor) -> Tensor:
     """Cubic on [0, 1] with the given values and slopes at its ends (Hermite). Shapes broadcast."""
+    # Not scipy's CubicHermiteSpline: it leaves precision and device, and takes one draw's table at a time.
     names = "u", "start", "end", "rise_start", "rise_end"
     given = [as_tensor(name, part) for name, part in zip(names, (u, start, end, rise_start, rise_end))]
     u, start, end, rise_start, rise_end = given

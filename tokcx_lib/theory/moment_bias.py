@@ -16,6 +16,7 @@ import math
 import numpy as np
 import torch
 from scipy.ndimage import map_coordinates
+from scipy.optimize.elementwise import find_root
 from torch import Tensor
 
 from tokcx_lib.theory.softmax_law import MOST_TILT, MOST_TOKENS, map_error, self_moments, softmax_moments
@@ -139,13 +140,13 @@ def _reach(rate: np.ndarray, step: float, tail: float) -> tuple[np.ndarray, np.n
     """Grid of log q, and the saddle points, as far as the Chernoff bound of the density exceeds e^-tail."""
     log_q = math.log(rate.sum()) + step * np.arange(-math.ceil(120 / step), math.ceil(math.log(40 + 20 * tail) / step))
     q = np.exp(log_q)
-    # The saddle point solves sum rate / (1 - 2 theta rate) = q; in w = 1 - 2 theta max(rate) > 0, by bisection.
-    low, high = np.full_like(q, -200.0), np.full_like(q, 200.0)  # of log w
-    for _ in range(80):
-        middle = (low + high) / 2
-        above = (rate / (1 - rate + np.exp(middle)[:, None] * rate)).sum(1) > q
-        low, high = np.where(above, middle, low), np.where(above, high, middle)
-    theta = (1 - np.exp((low + high) / 2)) / 2
+    # The saddle point solves sum rate / (1 - 2 theta rate) = q, for w = 1 - 2 theta max(rate) > 0.
+
+    def excess(log_w, q):
+        return (rate / (1 - rate + np.exp(log_w)[:, None] * rate)).sum(1) - q
+
+    log_w = find_root(excess, (np.full_like(q, -200.0), np.full_like(q, 200.0)), args=(q,)).x
+    theta = (1 - np.exp(log_w)) / 2
     bound = -0.5 * np.log1p(-2 * theta[:, None] * rate).sum(1) - theta * q
     inside = bound > np.where(theta > 0, -tail, -_TAIL)
     return log_q[inside], theta[inside]

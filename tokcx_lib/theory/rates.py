@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -206,6 +207,7 @@ _CHAINING = (
 )
 
 
+@np.errstate(over="ignore")  # infinite then
 def uniform_constant(radius: float, A, *, support: float | None = None, spread: float | None = None, cov=None, V=None):
     """A constant C with E sup_{|x| <= radius} ||Gamma_n(x) - Gamma(x)|| <= C / sqrt(n) for every n >= 1 (chapter 2).
 
@@ -251,7 +253,8 @@ def uniform_constant(radius: float, A, *, support: float | None = None, spread: 
         tilt = radius * torch.linalg.matrix_norm(A, 2).item()
         rank = torch.linalg.matrix_rank(A).item()
         chain = _CHAINING * math.sqrt(rank) + 2
-        return 2 * torch.linalg.matrix_norm(V, 2).item() * spread * (1 + chain * tilt * rho * _exp(tilt * rho))
+        growth = float(np.exp(tilt * rho))
+        return 2 * torch.linalg.matrix_norm(V, 2).item() * spread * (1 + chain * tilt * rho * growth)
     if spread is not None:
         raise ValueError(f"spread: expected None where cov is given, got {spread}")
     half = root(cov).double()
@@ -262,15 +265,11 @@ def uniform_constant(radius: float, A, *, support: float | None = None, spread: 
     return torch.linalg.matrix_norm(V @ half, 2).item() * best
 
 
-def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf
-
-
 def _subgaussian(s: float, dim: int, rank: int, delta: float) -> float:
     """The constant of whitened sub-Gaussian tokens for one delta; see `uniform_constant`."""
     if s > 1e75:
         return math.inf
-    growth = _exp(s**2 / (1 - 2 * delta) - (1 + rank / 4) * math.log(delta))
+    growth = float(np.exp(s**2 / (1 - 2 * delta) - (1 + rank / 4) * math.log(delta)))
     numerator = math.sqrt(6 * math.sqrt(3) * dim) / math.e * growth
     denominator = math.sqrt(2 / math.e * delta) * growth
     rare = math.e * math.sqrt(1.5) / math.log(2) ** 2 * rank * s**2 * (math.sqrt(dim) + 2 * s)

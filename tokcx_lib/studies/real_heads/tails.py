@@ -67,6 +67,9 @@ def standardise(x) -> Tensor:
     return centred / finite_answer("x", centred.square().mean(-1, keepdim=True).sqrt())
 
 
+# Not those of scipy.stats: they work on the CPU alone, and give NaN where third and fourth powers of x overflow.
+
+
 def skewness(x) -> Tensor:
     """E z^3 of the standardised samples (..., n): 0 for a symmetric law, negative where the lower tail is longer."""
     return standardise(x).pow(3).mean(-1)
@@ -361,9 +364,9 @@ def token_geometry(x, window: int | None = None, outlier: float = 10.0) -> dict[
     n, unit = len(tokens), torch.nn.functional.normalize(tokens, dim=1)
     values = torch.linalg.eigvalsh((tokens - mean).mT @ (tokens - mean) / n)
     wide, off = variance > outlier * variance.median(), mean.abs() > outlier * mean.abs().median()
-    kurtosis = excess_kurtosis(tokens.mT[variance > 0])
+    varying = tokens.mT[variance > 0]
+    kurtosis = excess_kurtosis(varying)
     z = whiten(tokens)
-    norms = z.square().mean(1)
     row = {
         "mean_share": (mean.norm() / square.sum().sqrt()).item(),
         "mean_cosine": ((unit.sum(0).square().sum() - n) / (n * (n - 1))).item(),
@@ -375,14 +378,22 @@ def token_geometry(x, window: int | None = None, outlier: float = 10.0) -> dict[
         "outlier_share": (square[wide | off].sum() / square.sum()).item(),
         **{f"kurtosis_{100 * p:02.0f}": kurtosis.quantile(p).item() for p in (0.05, 0.5, 0.95)},
         "kurtosis_max": kurtosis.max().item(),
-        **{f"norm_{100 * p:02.0f}": norms.quantile(p).item() for p in NORM_QUANTILES},
-        **{f"chi_{100 * p:02.0f}": float(stats.chi2.ppf(p, z.shape[1])) / z.shape[1] for p in NORM_QUANTILES},
-        "norm_sd": norms.std().item(),
-        "chi_sd": math.sqrt(2 / z.shape[1]),
+        **_norms(z),
     }
     if window is not None:
-        row["design_effect"] = window_variance_ratio(tokens.mT[variance > 0], window, pooled=True).item()
+        row["design_effect"] = window_variance_ratio(varying, window, pooled=True).item()
     return row
+
+
+def _norms(z: Tensor) -> dict[str, float]:
+    """Quantiles and standard deviation of |z|^2 / rank for whitened tokens (n, rank), and those of Gaussian tokens."""
+    rank, norms = z.shape[1], z.square().mean(1)
+    return {
+        **{f"norm_{100 * p:02.0f}": norms.quantile(p).item() for p in NORM_QUANTILES},
+        **{f"chi_{100 * p:02.0f}": float(stats.chi2.ppf(p, rank)) / rank for p in NORM_QUANTILES},
+        "norm_sd": norms.std().item(),
+        "chi_sd": math.sqrt(2 / rank),
+    }
 
 
 def direction_tails(x, window: int | None = None) -> dict[str, float]:
