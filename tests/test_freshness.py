@@ -305,8 +305,8 @@ def test_failing_cell_leaves_the_stored_notebook(small_book, capsys, mistake, er
             "its front matter has no `jupytext:` and `kernelspec:`; copy",
         ),
         ("---\njupytext:", "jupytext:", "its front matter has no `jupytext:`"),
-        ("name: python3\n---", "name: python3", "its front matter has no `jupytext:`"),
-        ("    caption: One dot.", "    caption: [One dot.", "Code cell 3 at line 30 could not be read: Invalid YAML"),
+        ("name: python3\n---", "name: python3", "its front matter is not YAML (line 11)"),
+        ("    caption: One dot.", "    caption: [One dot.", "Code cell 3 at line 27 could not be read: Invalid YAML"),
     ],
 )
 def test_a_source_that_cannot_be_read_is_named_in_one_line(small_book, capsys, old, new, problem):

@@ -185,10 +185,8 @@ def written(notebook: nbformat.NotebookNode) -> dict[str, str]:
     """Hashes of the cells and of the outputs of a notebook, by which one that was changed since is known."""
     cells = [[cell.cell_type, cell.source] for cell in notebook.cells]
     outputs = [[output.get(key) for key in OUTPUT] for cell in code_cells(notebook) for output in cell.outputs]
-    return {
-        name: digest(json.dumps(part, sort_keys=True).encode())
-        for name, part in (("cells", cells), ("outputs", outputs))
-    }
+    parts = {"cells": cells, "outputs": outputs}
+    return {name: digest(json.dumps(part, sort_keys=True).encode()) for name, part in parts.items()}
 
 
 def digest(data: bytes) -> str:
@@ -368,7 +366,8 @@ def run_chapter(path: Path, root: Path, force: bool = False) -> str:
             raise Refused(problem)
     start = time.perf_counter()
     if not force and stored is not None and not stale_outputs(notebook, stored, root) and not bad_outputs(stored):
-        if same_cells(notebook, stored):
+        noted = stored.metadata.tokcx.get("cells", written(stored)["cells"])
+        if same_cells(notebook, stored) and noted == written(stored)["cells"]:
             return "is up to date"
         # Only prose has changed: the outputs stay.
         for cell, old in zip(code_cells(notebook), code_cells(stored), strict=True):
