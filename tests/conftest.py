@@ -57,6 +57,7 @@ def lay_out(root: Path) -> None:
     for folder in ("chapters", "tokcx_lib", "book/records"):
         (root / folder).mkdir(parents=True)
     (root / "chapters" / "01_small.md").write_text(CHAPTER, encoding="utf-8")
+    (root / "_toc.yml").write_text("chapters:\n  - file: chapters/01_small.ipynb\n", encoding="utf-8")
     (root / "requirements.txt").write_text("numpy==2.0.0\npandas==1.0\n", encoding="utf-8")
     modules = {"__init__": "", "near": "from .far import VALUE\n", "far": "VALUE = 1\n", "apart": "VALUE = 2\n"}
     for name, code in modules.items():

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -26,7 +27,7 @@ def test_every_exercise_has_kind_minutes_objective_solution_and_check(path):
     source, chapter = path.read_text(encoding="utf-8"), int(path.stem[:2])
     found = exercise_table.exercises(path)
     assert len(found) == source.count("```{exercise-start}") >= 5
-    assert [e.number for e in found] == [number for number in CHECKS if number.startswith(f"{chapter}.")]
+    assert {e.label for e in found} == set(importlib.import_module(f"tokcx_lib.check.chapter_{chapter:02d}").CHECKS)
     assert {e.kind for e in found} <= KINDS and all(5 <= e.minutes <= 60 for e in found)
     assert sum("pencil" in e.kind or "sympy" in e.kind for e in found) >= 3
     assert sum("code" in e.kind for e in found) >= 2 and any(e.stretching for e in found)
@@ -39,18 +40,20 @@ def test_every_exercise_has_kind_minutes_objective_solution_and_check(path):
         solution = re.search(
             rf"^```\{{solution-start\}} {e.label}$.*?^```\{{solution-end\}}", source, flags=re.M | re.S
         )[0]
-        assert "\n*Hand in* " in text and f'assert check.exercise("{e.number}", ' in solution, e.label
+        assert f"\n*Hand in*, under `{e.label}`, " in text, e.label
+        assert re.search(rf'^assert check\.exercise\(\s*"{e.label}", ', solution, flags=re.M), e.label
+    assert f"\nfrom tokcx_lib.check import chapter_{chapter:02d} as check\n" in source
 
 
-def parts(number):
+def parts(label):
     """Every check of an exercise, alone, with the name of its part."""
-    whole = CHECKS[number]
+    whole = CHECKS[label]
     return whole.expected.items() if isinstance(whole, kinds.Parts) else [(None, whole)]
 
 
-def given(number, name, answer):
+def given(label, name, answer):
     """The right answer to an exercise, but for one part of it."""
-    whole = CHECKS[number].answer()
+    whole = CHECKS[label].answer()
     return answer if name is None else {**whole, name: answer}
 
 
@@ -69,22 +72,22 @@ def corrupted(part):
     return [word for word in part.options if word != right]
 
 
-@pytest.mark.parametrize("number", CHECKS)
-def test_right_answers_pass_and_wrong_ones_do_not(number):
-    right = check.exercise(number, CHECKS[number].answer())
-    assert right and repr(right) == f"{number}: right."
-    for name, part in parts(number):
+@pytest.mark.parametrize("label", CHECKS)
+def test_right_answers_pass_and_wrong_ones_do_not(label):
+    right = check.exercise(label, CHECKS[label].answer())
+    assert right and repr(right) == f"{label}: right."
+    for name, part in parts(label):
         assert part.hint and not part.hint.isspace()
         for wrong in corrupted(part):
-            verdict = check.exercise(number, given(number, name, wrong))
-            assert not verdict and repr(verdict).startswith(f"{number}: not yet. "), (name, wrong)
+            verdict = check.exercise(label, given(label, name, wrong))
+            assert not verdict and repr(verdict).startswith(f"{label}: not yet. "), (name, wrong)
 
 
-@pytest.mark.parametrize("number", CHECKS)
-def test_known_mistakes_get_their_own_hint(number):
-    for name, part in parts(number):
+@pytest.mark.parametrize("label", CHECKS)
+def test_known_mistakes_get_their_own_hint(label):
+    for name, part in parts(label):
         for wrong, hint in part.misses:
-            verdict = check.exercise(number, given(number, name, wrong))
+            verdict = check.exercise(label, given(label, name, wrong))
             assert not verdict and hint in verdict.message, (name, wrong)
 
 
@@ -102,12 +105,12 @@ def test_known_mistakes_get_their_own_hint(number):
     ],
 )
 def test_ratios_of_the_flat_end_are_measured_not_guessed(answer, right):
-    assert bool(check.exercise("1.4", answer)) == right
+    assert bool(check.exercise("ex-flat", answer)) == right
 
 
-@pytest.mark.parametrize("number", CHECKS)
-def test_no_hint_gives_a_number_away(number):
-    for _, part in parts(number):
+@pytest.mark.parametrize("label", CHECKS)
+def test_no_hint_gives_a_number_away(label):
+    for _, part in parts(label):
         if isinstance(part, kinds.Numbers):
             shown = {f"{value:.{digits}g}" for value in np.ravel(part.answer()) for digits in (3, 4, 5)}
             for hint in (part.hint, *(hint for _, hint in part.misses)):
@@ -116,24 +119,47 @@ def test_no_hint_gives_a_number_away(number):
 
 
 @pytest.mark.parametrize(
-    ("number", "answer", "error"),
+    ("label", "answer", "error"),
     [
-        ("13.1", 1, "number: expected an exercise, one of 1.1, "),
-        ("3.5", 1, r"answer: expected numbers of shape \(4,\), got shape \(\)"),
-        ("3.5", "many", "answer: expected numbers, got 'many'"),
-        ("3.5", [1, 2, 3, float("nan")], "answer: expected finite numbers"),
-        ("3.1", {"balance": 1}, "answer: expected a dictionary with 'balance', 'integral', 'changes'"),
+        ("3.2", 1, "label: expected that of an exercise, one of ex-exponential, ex-shift, .* got '3.2'"),
+        ("ex-momnt-rank", 1, "label: expected that of an exercise, perhaps ex-moment-rank, .* got 'ex-momnt-rank'"),
+        (["ex-shift"], 1, "label: expected that of an exercise, perhaps ex-shift, "),
+        ("ex-moment-constants", 1, r"answer: expected numbers of shape \(4,\), got shape \(\)"),
+        ("ex-moment-constants", "many", "answer: expected numbers, got 'many'"),
+        ("ex-moment-constants", [1, 2, 3, float("nan")], "answer: expected finite numbers"),
+        ("ex-moment-heavy", {"balance": 1}, "answer: expected a dictionary with 'balance', 'integral', 'changes'"),
         (
-            "3.1",
+            "ex-moment-heavy",
             {"balance": sp.Symbol("z"), "integral": 1, "changes": "both"},
             "balance: answer: expected a formula in c lambda",
         ),
-        ("3.1", {"balance": 1, "integral": 1, "changes": "perhaps"}, "changes: answer: expected one of balance, "),
+        (
+            "ex-moment-heavy",
+            {"balance": 1, "integral": 1, "changes": "perhaps"},
+            "changes: answer: expected one of balance, ",
+        ),
     ],
 )
-def test_answers_of_another_kind_are_refused(number, answer, error):
+def test_answers_of_another_kind_are_refused(label, answer, error):
     with pytest.raises(ValueError, match=error):
-        check.exercise(number, answer)
+        check.exercise(label, answer)
+
+
+def test_a_chapter_knows_its_own_exercises_and_says_which():
+    own = importlib.import_module("tokcx_lib.check.chapter_03")
+    assert own.exercise("ex-moment-constants", CHECKS["ex-moment-constants"].answer())
+    with pytest.raises(ValueError, match=f"one of {', '.join(own.CHECKS)}, got 'ex-shift'"):
+        own.exercise("ex-shift", 1)
+
+
+def test_a_label_stands_for_one_exercise_of_the_book():
+    sizes = [len(importlib.import_module(f"tokcx_lib.check.chapter_{path.stem[:2]}").CHECKS) for path in CHAPTERS]
+    assert len(CHECKS) == sum(sizes)
+
+
+def test_the_package_loads_no_chapter_before_it_is_asked():
+    code = "import sys, tokcx_lib.check; print([name for name in sys.modules if 'check.chapter_' in name])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"
 
 
 def test_a_check_module_for_each_chapter_and_no_other():

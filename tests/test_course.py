@@ -1,5 +1,6 @@
 """The copies for a course: students get no solution, a stub for each exercise and the figures to compare with."""
 
+import importlib
 import os
 import re
 import zipfile
@@ -13,7 +14,6 @@ from mdit_py_plugins.myst_role import myst_role_plugin
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from tokcx_lib import check
 from tools import course, notebooks, plain
 from tools.notebooks import ROOT
 
@@ -65,15 +65,39 @@ def test_no_solution_leaks_into_a_student_copy(out, path):
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_a_stub_for_every_exercise_and_the_figures_of_its_solution(out, path):
     student, instructor = (read(out, kind, path) for kind in course.KINDS)
-    numbers = [number for number in check.checks() if number.startswith(f"{int(path.stem[:2])}.")]
+    labels = re.findall(r"^```\{exercise-start\} [^\n]+\n:label: (\S+)$", path.read_text(encoding="utf-8"), flags=re.M)
+    numbers = [f"{int(path.stem[:2])}.{i}" for i in range(1, len(labels) + 1)]
     stubs = [cell.source for cell in student.cells if cell.source.startswith("raise NotImplementedError(")]
     assert [re.search(r"exercise (\d+\.\d+): ", stub)[1] for stub in stubs] == numbers
-    assert all(f"check.exercise({number!r}, answer)" in stub for number, stub in zip(numbers, stubs))
+    assert [re.search(r"check\.exercise\('(\S+)', answer\)$", stub)[1] for stub in stubs] == labels
+    assert set(labels) == set(importlib.import_module(f"tokcx_lib.check.chapter_{path.stem[:2]}").CHECKS)
     assert not any(cell.source.startswith("raise NotImplementedError") for cell in instructor.cells)
     hidden, _ = solutions(path)
     assert sum(len(cell.get("attachments", {})) for cell in student.cells) == sum(
         len(course.drawn(cell)) for cell in hidden
     )
+
+
+def exercise(title, label):
+    """An exercise with its solution, as cells."""
+    asked = f"```{{exercise-start}} {title}\n:label: {label}\n```\nDo.\n```{{exercise-end}}\n```"
+    cells = [asked, f"```{{solution-start}} {label}\n```\nDone.\n\n```{{solution-end}}\n```"]
+    return [nbformat.v4.new_markdown_cell(cell) for cell in cells]
+
+
+def test_an_exercise_put_in_the_middle_moves_numbers_and_no_check(tmp_path):
+    cells = exercise("First", "ex-one") + exercise("New", "ex-new") + exercise("Second", "ex-two")
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "P"}})
+    notebook.metadata.language_info = {"name": "python"}
+    nbformat.write(notebook, tmp_path / "03_some.ipynb")
+    made = course.make_copy(tmp_path / "03_some.ipynb", "student", BOOK, "")
+    said = "\n".join(cell.source for cell in made.cells)
+    assert re.findall(r"### Exercise (3\.\d: \w+)", said) == ["3.1: First", "3.2: New", "3.3: Second"]
+    assert re.findall(r"exercise (3\.\d): \w+'\)\nanswer = ...\ncheck\.exercise\('(\S+)', answer\)", said) == [
+        ("3.1", "ex-one"),
+        ("3.2", "ex-new"),
+        ("3.3", "ex-two"),
+    ]
 
 
 @pytest.mark.parametrize("kind", course.KINDS)

@@ -73,19 +73,19 @@ def make_copy(path: Path, kind: str, book: plain.Book, macros: str) -> nbformat.
     values, cells = plain.glued(stored), []
     opening = OPENING.format(kind=kind.capitalize(), chapter=chapter, rest=REST[kind])
     cells.append(new_markdown_cell(opening + "\n\n" + macros))
-    exercise, title, heading, inside, pictures = 0, "", "", False, []
+    exercise, title, label, heading, inside, pictures = 0, "", "", "", False, []
     for what, piece in pieces(stored):
         if what == "exercise-start":
             exercise, title = exercise + 1, piece
             heading = f"### Exercise {chapter}.{exercise}: {title}\n\n"
         elif what == "solution-start":
-            inside, pictures = True, []
+            inside, pictures, label = True, [], piece
             if kind == "instructor":
                 cells.append(new_markdown_cell(f"#### Solution of exercise {chapter}.{exercise}"))
         elif what == "solution-end":
             inside = False
             if kind == "student":
-                cells += expected(pictures) + [stub(f"{chapter}.{exercise}", title)]
+                cells += expected(pictures) + [stub(f"{chapter}.{exercise}", title, label)]
         elif what == "cell" and inside and kind == "student":
             pictures += drawn(piece)
         elif what == "cell":
@@ -130,10 +130,10 @@ def expected(pictures: list[str]) -> list[nbformat.NotebookNode]:
     return [cell]
 
 
-def stub(number: str, title: str) -> nbformat.NotebookNode:
-    """The cell that stands where the solution stood."""
+def stub(number: str, title: str, label: str) -> nbformat.NotebookNode:
+    """The cell that stands where the solution stood; it is checked by label, for numbers move with the exercises."""
     raised = f"raise NotImplementedError({f'exercise {number}: {title}'!r})"
-    return new_code_cell(f"{raised}\nanswer = ...\ncheck.exercise({number!r}, answer)")
+    return new_code_cell(f"{raised}\nanswer = ...\ncheck.exercise({label!r}, answer)")
 
 
 def write_copies(root: Path, out: Path) -> list[Path]:

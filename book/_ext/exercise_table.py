@@ -52,12 +52,13 @@ class ExerciseTable(SphinxDirective):
                 raise self.error(str(error)) from error
             total = sum(exercise.minutes for exercise in found)
             lines += ["", f"**{{ref}}`{title} <{label}>`**, {total} minutes in all", ""]
-            lines += ["| | exercise | kind | minutes | objective |", "|---|---|---|---:|---:|"]
+            lines += ["| | exercise | label | kind | minutes | objective |", "|---|---|---|---|---:|---:|"]
             for exercise in found:
                 kind = exercise.kind + (", stretching" if exercise.stretching else "")
                 row = (
                     exercise.number,
                     f"{{ref}}`{exercise.title} <{exercise.label}>`",
+                    f"`{exercise.label}`",
                     kind,
                     exercise.minutes,
                     exercise.objective,

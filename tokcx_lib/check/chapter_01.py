@@ -3,7 +3,7 @@
 import sympy as sp
 import torch
 
-from tokcx_lib.check.kinds import Choice, Expression, Function, Numbers, Parts
+from tokcx_lib.check.kinds import Choice, Expression, Function, Numbers, Parts, by_label
 from tokcx_lib.theory import laws
 from tokcx_lib.theory.attention import attention_map
 
@@ -34,8 +34,8 @@ def _layer(dim):
     return tuple(_normal(*shape) for shape in ((dim, dim), (dim,)) * 3) + (_normal(dim),)
 
 
-CHECKS = [
-    Parts(
+CHECKS = {
+    "ex-exponential": Parts(
         K=Expression(
             -sp.log(1 - _t),
             "Integrate e^{ty} against the density and take the logarithm.",
@@ -62,7 +62,7 @@ CHECKS = [
             options=("mean", "largest", "nearest"),
         ),
     ),
-    Parts(
+    "ex-shift": Parts(
         added=Expression(
             _m,
             "Put Y + m into the definition of K, and differentiate.",
@@ -87,7 +87,7 @@ CHECKS = [
             options=("queries", "keys", "values"),
         ),
     ),
-    Parts(
+    "ex-mixture": Parts(
         share=Expression(
             1 / (1 + sp.exp(-2 * _t)),
             "The tilt multiplies the mass of each cluster by its own moment generating function.",
@@ -107,7 +107,7 @@ CHECKS = [
             symbols="t tau",
         ),
     ),
-    Numbers(
+    "ex-flat": Numbers(
         [0.5705, 0.753, 0.8125],  # between those of steps of 0.05 and of fine ones
         "Average the maps over the samples of the exercise first, and then look for the first x at which the average "
         "is "
@@ -120,7 +120,7 @@ CHECKS = [
         atol=0.0115,  # two digits pass
         rtol=0,
     ),
-    Function(
+    "ex-repeats": Function(
         _merged,
         "Write the weight of m equal keys as one exponential.",
         misses=[
@@ -141,7 +141,7 @@ CHECKS = [
         rtol=1e-4,
         atol=1e-6,
     ),
-    Function(
+    "ex-centred": Function(
         _centred,
         "Put y = (y - m) + m into the projected query, key and value, and follow what does not depend on the token.",
         misses=[
@@ -162,4 +162,6 @@ CHECKS = [
         rtol=1e-4,
         atol=1e-6,
     ),
-]
+}
+
+exercise = by_label(CHECKS)

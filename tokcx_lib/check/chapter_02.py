@@ -7,7 +7,7 @@ import torch
 from scipy.optimize import brentq
 from scipy.stats import chi2
 
-from tokcx_lib.check.kinds import Expression, Numbers, Parts
+from tokcx_lib.check.kinds import Expression, Numbers, Parts, by_label
 from tokcx_lib.theory import rates
 
 _t, _p, _y, _d = sp.symbols("t p y d")
@@ -35,8 +35,8 @@ def _lapse():
 
 _PROVEN = _proven(0.8**0.5)
 
-CHECKS = [
-    Parts(
+CHECKS = {
+    "ex-uniform-signs": Parts(
         map=Expression(
             (_up - _down) / (_up + _down),
             "Softmax weighs a token +1 by e^t and a token -1 by e^{-t}; how many of each are there?",
@@ -56,7 +56,7 @@ CHECKS = [
             symbols="t",
         ),
     ),
-    Parts(
+    "ex-uniform-rank": Parts(
         proven=Numbers(
             _PROVEN,
             "Use `rates.uniform_constant` with the radius, the projection, and both `support` and `spread`.",
@@ -76,7 +76,7 @@ CHECKS = [
             rtol=0,
         ),
     ),
-    Parts(
+    "ex-uniform-quantile": Parts(
         lemma=Numbers(
             math.sqrt(12.5 + 2 * math.sqrt(50 / 16 * math.log(1000)) + math.log(1000) / 2),
             "M has fifty equal eigenvalues. Set e^{-u} to one in a thousand.",
@@ -98,7 +98,7 @@ CHECKS = [
             rtol=0.015,
         ),
     ),
-    Parts(
+    "ex-uniform-maurer": Parts(
         numerator=Expression(
             2 * (1 + _y) * sp.exp(_y),
             "Write <u, Y> e^{<t, Y>} as a function of <u, Y>/rho and <t, Y>. How long can its gradient be?",
@@ -117,7 +117,7 @@ CHECKS = [
             rtol=0.02,
         ),
     ),
-    Numbers(
+    "ex-uniform-boundary": Numbers(
         [0.84, 1.0, 1.0],
         "Group the column `depth` of the table of each dimension by the radius.",
         misses=[
@@ -127,7 +127,7 @@ CHECKS = [
         atol=0.08,
         rtol=0,
     ),
-    Parts(
+    "ex-uniform-lapse": Parts(
         cheapest=Expression(
             (sp.sqrt(_d**2 + 4 * _d) - _d) / 2,
             "Put q for the squared load, and differentiate the logarithm of n by q.",
@@ -155,4 +155,6 @@ CHECKS = [
             rtol=0.05,
         ),
     ),
-]
+}
+
+exercise = by_label(CHECKS)

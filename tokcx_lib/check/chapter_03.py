@@ -5,12 +5,12 @@ import math
 import sympy as sp
 from scipy.stats import norm
 
-from tokcx_lib.check.kinds import Choice, Expression, Numbers, Parts
+from tokcx_lib.check.kinds import Choice, Expression, Numbers, Parts, by_label
 
 _c, _lam, _epsilon, _tau = sp.symbols("c lambda epsilon tau")
 
-CHECKS = [
-    Parts(
+CHECKS = {
+    "ex-moment-heavy": Parts(
         balance=Expression(
             1 / (2 * (1 + _c * _lam)),
             "Find the r at which e^{cr}/sqrt(n) and e^{-r/lambda} are equal, and read off the power of n there.",
@@ -35,7 +35,7 @@ CHECKS = [
             options=("balance", "integral", "both", "neither"),
         ),
     ),
-    Parts(
+    "ex-moment-rank": Parts(
         horizon=Numbers(
             math.sqrt((4 * 0.5**2 + 1.2**2 / 4) * (4 + 1 / 4)),
             "A matrix of rank one has one singular value: the product of two lengths. Which, once whitened?",
@@ -62,7 +62,7 @@ CHECKS = [
             ],
         ),
     ),
-    Parts(
+    "ex-moment-rare": Parts(
         variance=Expression(
             _tau**2,
             "The bound K(t) <= v t^2 / 2 has to hold for every t, the large ones included.",
@@ -76,7 +76,7 @@ CHECKS = [
             symbols="epsilon tau",
         ),
     ),
-    Parts(
+    "ex-moment-fresh": Parts(
         fresh=Numbers(
             0.17,
             "Average the distance of the variance from its limit H^2 = 4 over replicates, at both lengths; the slope "
@@ -93,14 +93,14 @@ CHECKS = [
             rtol=0,
         ),
     ),
-    Numbers(
+    "ex-moment-constants": Numbers(
         [3.5, 3.7, 8.7, 19.4],
         "Evaluate `bounds(H, n)[0]` on powers of ten in steps of 0.1 or less, and take the first n below 0.1.",
         misses=[([2.0] * 4, "That is the ordinary mean. What does the theorem promise?")],
         atol=0.15,
         rtol=0,
     ),
-    Parts(
+    "ex-moment-supremum": Parts(
         share=Numbers(
             lambda: 2 * norm.sf(4),
             "The token may lie on either side.",
@@ -120,4 +120,6 @@ CHECKS = [
             rtol=0.005,
         ),
     ),
-]
+}
+
+exercise = by_label(CHECKS)

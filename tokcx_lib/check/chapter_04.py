@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import brentq
 from scipy.special import lambertw
 
-from tokcx_lib.check.kinds import Choice, Expression, Numbers, Parts
+from tokcx_lib.check.kinds import Choice, Expression, Numbers, Parts, by_label
 from tokcx_lib.studies import extremes
 from tokcx_lib.theory import hardmax
 from tokcx_lib.theory.attention import attention_map
@@ -43,8 +43,8 @@ def _one():
     return attention_map(_CORNERS, torch.stack([angle.cos(), angle.sin()], 1), None).mean(0)
 
 
-CHECKS = [
-    Parts(
+CHECKS = {
+    "ex-hardmax-bounded": Parts(
         error=Expression(
             1 / (_n + 1),
             "Integrate powers of F = (1 + r)/2 over both halves of the support.",
@@ -60,7 +60,7 @@ CHECKS = [
             options=("hardmax", "tail", "queries"),
         ),
     ),
-    Parts(
+    "ex-hardmax-laplace": Parts(
         limit=Numbers(
             math.log(2),
             "Put n Q(r) as the variable of integration; the integral is one that the page has done.",
@@ -80,7 +80,7 @@ CHECKS = [
             rtol=1e-3,
         ),
     ),
-    Parts(
+    "ex-hardmax-half": Parts(
         asymptote=Numbers(
             12,
             "By which factor must the logarithm of n grow, so that the root of it doubles?",
@@ -94,7 +94,7 @@ CHECKS = [
             rtol=2e-3,
         ),
     ),
-    Parts(
+    "ex-hardmax-counting": Parts(
         equal=Numbers(
             lambda: _equal(math.pi**2 / 3),
             "Put L^2 = 2 log n into both variances, and solve for n above twenty.",
@@ -108,7 +108,7 @@ CHECKS = [
             rtol=0.02,
         ),
     ),
-    Parts(
+    "ex-hardmax-sharp": Parts(
         gap=Expression(
             (_n - 1) * _delta * sp.exp(-_delta) / (1 + (_n - 1) * sp.exp(-_delta)),
             "Put the top logit to zero. The gap is then minus the mean of the logits under their softmax weights.",
@@ -139,7 +139,7 @@ CHECKS = [
             misses=[(0.5, "That is about the ratio at a hundred tokens. Go on.")],
         ),
     ),
-    Parts(
+    "ex-hardmax-triangle": Parts(
         hard=Numbers(
             lambda: extremes.steiner_point(_CORNERS),
             "Which share of the directions reports a corner? Look at the normals of its two edges.",
@@ -173,7 +173,7 @@ CHECKS = [
             options=("hard", "soft", "both", "neither"),
         ),
     ),
-    Parts(
+    "ex-hardmax-tell": Parts(
         off=Numbers(
             _off,
             "Fit a straight line to the logarithm of the RMS, against log n and against log log n; take the largest "
@@ -203,4 +203,6 @@ CHECKS = [
             rtol=0.05,
         ),
     ),
-]
+}
+
+exercise = by_label(CHECKS)

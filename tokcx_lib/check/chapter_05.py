@@ -4,14 +4,14 @@ import math
 
 import sympy as sp
 
-from tokcx_lib.check.kinds import Choice, Expression, Numbers, Parts
+from tokcx_lib.check.kinds import Choice, Expression, Numbers, Parts, by_label
 
 _b, _d, _h, _n, _r = sp.symbols("b d h n r")
 
 _FROZEN = [1.56, 0.82]  # random heads differ: their effective ranks by some per cent
 
-CHECKS = [
-    Parts(
+CHECKS = {
+    "ex-gaussian-sign": Parts(
         difference=Expression(
             4 * _h,
             "Only odd powers of h change sign with the head: which term of the constant is odd?",
@@ -27,7 +27,7 @@ CHECKS = [
             options=("positive", "negative"),
         ),
     ),
-    Parts(
+    "ex-gaussian-spread": Parts(
         variance=Expression(
             2 * _b**4,
             "The square of a standard normal has mean 1 and fourth moment 3.",
@@ -54,7 +54,7 @@ CHECKS = [
             ),
         },
     ),
-    Parts(
+    "ex-gaussian-same-load": Parts(
         sharp=Numbers(
             [1 / 5, 1 / 2],
             "The sharp exponent is a formula in the square of the horizon, and never above that of a mean.",
@@ -75,7 +75,7 @@ CHECKS = [
             rtol=0,
         ),
     ),
-    Parts(
+    "ex-gaussian-second-order": Parts(
         slope=Expression(
             sp.Rational(1, 2) + _r / (2 * (_n + _r)),
             "The slope is that of the root of the mean square error: minus half of d log / d log n.",
@@ -99,7 +99,7 @@ CHECKS = [
             rtol=0.02,
         ),
     ),
-    Parts(
+    "ex-gaussian-freeze": Parts(
         frozen=Numbers(
             _FROZEN,
             "A head of horizon H has the typical load H times the root of its effective rank; set that equal to "
@@ -117,7 +117,7 @@ CHECKS = [
             rtol=0.1,
         ),
     ),
-    Parts(
+    "ex-gaussian-units": Parts(
         **{
             "A": Numbers(
                 1 / 100,
@@ -153,7 +153,7 @@ CHECKS = [
             ],
         ),
     ),
-    Parts(
+    "ex-gaussian-blind": Parts(
         blind=Expression(
             (1 - _h**4) ** sp.Rational(-1, 2),
             "Across the axis only R(z) z_2 is left of the influence; z_2 is independent of R.",
@@ -189,4 +189,6 @@ CHECKS = [
             symbols="h",
         ),
     ),
-]
+}
+
+exercise = by_label(CHECKS)

@@ -7,7 +7,7 @@ import torch
 from scipy.optimize import brentq
 from scipy.special import gamma, lambertw
 
-from tokcx_lib.check.kinds import Choice, Expression, Numbers, Parts
+from tokcx_lib.check.kinds import Choice, Expression, Numbers, Parts, by_label
 from tokcx_lib.theory import laws
 
 _a, _alpha, _b, _d, _kappa, _n, _nu, _q, _r, _t = sp.symbols("a alpha b d kappa n nu q r t")
@@ -32,8 +32,8 @@ def _crossing(degrees: float, tilt: float, branch: int = -1) -> float:
     return (-degrees * lambertw(-tilt * _student(degrees) / degrees, branch)).real / math.log(10)
 
 
-CHECKS = [
-    Parts(
+CHECKS = {
+    "ex-bounded-archimedes": Parts(
         K=Expression(
             sp.log(sp.sinh(_r) / _r),
             "Integrate e^{ru} over u uniform on [-1, 1], and take the logarithm.",
@@ -67,7 +67,7 @@ CHECKS = [
             options=("cube", "ball", "signs"),
         ),
     ),
-    Parts(
+    "ex-bounded-edge": Parts(
         power=Expression(
             _alpha + 1,
             "M(t) is e^t times the Laplace transform of h^alpha at t; how often does its power of t appear in G?",
@@ -95,7 +95,7 @@ CHECKS = [
             symbols="d",
         ),
     ),
-    Parts(
+    "ex-bounded-rmsnorm": Parts(
         sphere=Numbers(
             lambda: [brentq(lambda s: _log_budget(64, 8 * s) - p * math.log(10), 0.1, 50) for p in (3, 5, 7)],
             "On the sphere of radius 8 the tilt in units of the unit sphere is 8 s; find where log10 G is 3, 5 and 7.",
@@ -119,7 +119,7 @@ CHECKS = [
             ],
         ),
     ),
-    Parts(
+    "ex-bounded-effective": Parts(
         measured=Numbers(
             lambda: [math.exp(_log_budget(5, r)) for r in (5, 15, 50)],
             "Softmax of r times the first coordinate over the tokens; square the weights, sum, multiply by n.",
@@ -139,7 +139,7 @@ CHECKS = [
             symbols="n",
         ),
     ),
-    Parts(
+    "ex-bounded-laplace": Parts(
         exponent=Expression(
             1 - _t,
             "Find the power of the tail of e^{tY}; a mean of n terms of tail index a between 1 and 2 errs by n^{-(1 "
@@ -160,7 +160,7 @@ CHECKS = [
             rtol=0,
         ),
     ),
-    Parts(
+    "ex-bounded-rank-two": Parts(
         large=Expression(
             _a / (_a + _b),
             "Put w for the root of (1 + 2 lambda b^2)/(1 + 2 lambda a^2) in the integral of the proposition.",
@@ -195,7 +195,7 @@ CHECKS = [
             rtol=0.02,
         ),
     ),
-    Parts(
+    "ex-bounded-quiet": Parts(
         log_n=Expression(
             -_nu * sp.LambertW(-_q, -1),
             "Put log n = nu M, and bring the equation to the form (-M) e^{-M} = something.",
@@ -227,4 +227,6 @@ CHECKS = [
             ],
         ),
     ),
-]
+}
+
+exercise = by_label(CHECKS)

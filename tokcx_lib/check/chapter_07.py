@@ -5,7 +5,7 @@ import math
 import sympy as sp
 from scipy.optimize import brentq
 
-from tokcx_lib.check.kinds import Choice, Expression, Numbers, Parts
+from tokcx_lib.check.kinds import Choice, Expression, Numbers, Parts, by_label
 
 _c, _eta, _f, _n, _N, _p, _rho, _s, _v, _w = sp.symbols("c eta f n N p rho s v w")
 
@@ -19,8 +19,8 @@ def _half_worth() -> float:
     return brentq(sp.lambdify(_rho, _DESIGN.subs(_w, 254) - 2), 0.1, 0.6)
 
 
-CHECKS = [
-    Parts(
+CHECKS = {
+    "ex-thaw": Parts(
         effective=Numbers(
             [0.97, 1.9, 3.25],
             "Scale the queries, count over the first 10,000 of shuffled keys, take medians over queries, then "
@@ -42,7 +42,7 @@ CHECKS = [
             ],
         ),
     ),
-    Parts(
+    "ex-bias": Parts(
         head=Numbers(
             9,
             "Compute the load with and without the shift, take medians over tokens, and compare on a logarithmic "
@@ -64,7 +64,7 @@ CHECKS = [
             misses=[(0.0, "Nothing would be left of the load then; give the factor.")],
         ),
     ),
-    Parts(
+    "ex-deeper": Parts(
         layer=Numbers(
             1,
             "Group the record by layer, and take means of `load_median`.",
@@ -88,7 +88,7 @@ CHECKS = [
             options=("harder", "easier"),
         ),
     ),
-    Parts(
+    "ex-floor": Parts(
         part=Expression(
             (1 - _f) / _f * _v / _N,
             "Write the pool as f times the part plus 1 - f times the rest, which are independent averages.",
@@ -116,7 +116,7 @@ CHECKS = [
             misses=[(3e5, "That is a tenth in mean square."), (300, "The pool has to be larger than the sample.")],
         ),
     ),
-    Parts(
+    "ex-trend": Parts(
         share=Expression(
             sp.tanh(_c) / _c * sp.exp(-_v),
             "The MGF of the trend is a hyperbolic sine; put it at 1, squared, over itself at 2, and do the scatter "
@@ -154,7 +154,7 @@ CHECKS = [
             rtol=0.02,
         ),
     ),
-    Parts(
+    "ex-design": Parts(
         deff=Expression(
             _DESIGN,
             "Sum rho^k and k rho^k from 1 to w - 1, and check your formula at w = 2.",
@@ -191,7 +191,7 @@ CHECKS = [
             symbols="eta rho",
         ),
     ),
-    Parts(
+    "ex-effective-load": Parts(
         load=Numbers(
             0.292,
             "Predict the exponent of each head at its median load, subtract the measured one, and take the median of "
@@ -218,7 +218,7 @@ CHECKS = [
             rtol=0.02,
         ),
     ),
-    Parts(
+    "ex-sink": Parts(
         logit=Expression(
             _s**2 / 2 + sp.log(_n * _p / (1 - _p)),
             "Solve e^a = p (e^a + n e^{s^2/2}) for a.",
@@ -250,4 +250,6 @@ CHECKS = [
             symbols="p",
         ),
     ),
-]
+}
+
+exercise = by_label(CHECKS)

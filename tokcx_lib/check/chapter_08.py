@@ -6,7 +6,7 @@ import numpy as np
 import sympy as sp
 from scipy.stats import norm
 
-from tokcx_lib.check.kinds import Choice, Expression, Numbers, Parts
+from tokcx_lib.check.kinds import Choice, Expression, Numbers, Parts, by_label
 
 _n, _N, _eta, _m = sp.symbols("n N eta m")
 
@@ -33,8 +33,8 @@ def _alike(height, count=8):
 _exact, _first = _one_key(_n, _N, _eta)
 _schemes = ("kept", "weighted", "drawn")
 
-CHECKS = [
-    Parts(
+CHECKS = {
+    "ex-average-draws": Parts(
         average=Expression(
             "c + (e2 - c) / R",
             "Expand the square of a mean of R errors: how many of the products are squares, and how many are not?",
@@ -52,7 +52,7 @@ CHECKS = [
             rtol=0,
         ),
     ),
-    Parts(
+    "ex-weighted": Parts(
         error=Numbers(
             [0.93, 1.01, 1.19],
             "The root of the mean of `square`, over queries and draws, with the seeds of the live table; mind the "
@@ -78,7 +78,7 @@ CHECKS = [
             options=_schemes,
         ),
     ),
-    Parts(
+    "ex-one-layer": Parts(
         layer=Numbers(
             6,
             "Compare the errors of the embedding with one layer subsampled at a time.",
@@ -99,7 +99,7 @@ CHECKS = [
             rtol=0,
         ),
     ),
-    Parts(
+    "ex-tight": Parts(
         distance=Numbers(
             lambda: _critical(0.05),
             "First the height above the plane, for which you need the distance of the two articles; then the theorem.",
@@ -119,7 +119,7 @@ CHECKS = [
             symbols="m",
         ),
     ),
-    Parts(
+    "ex-one-key": Parts(
         exact=Expression(
             _exact,
             "There are two kinds of draws, those that hold the key and those that do not. What does each return, and "
@@ -148,7 +148,7 @@ CHECKS = [
             ],
         ),
     ),
-    Parts(
+    "ex-alike": Parts(
         cosine=Numbers(
             0.5,
             "Write q for the common cosine and expand the inner product of a - b and a - b'.",
@@ -166,4 +166,6 @@ CHECKS = [
             rtol=0.02,
         ),
     ),
-]
+}
+
+exercise = by_label(CHECKS)

@@ -8,7 +8,7 @@ import sympy as sp
 from scipy.optimize import brentq
 
 from tokcx_lib import records
-from tokcx_lib.check.kinds import Choice, Expression, Numbers, Parts
+from tokcx_lib.check.kinds import Choice, Expression, Numbers, Parts, by_label
 from tokcx_lib.theory import laws, softmax_law
 
 _t, _d, _s = sp.symbols("t d s")
@@ -51,8 +51,8 @@ def _between():
     return int(((1 / normal < seen) & (seen < 1 / flat)).sum())
 
 
-CHECKS = [
-    Parts(
+CHECKS = {
+    "ex-exact-two": Parts(
         mean=Expression(
             sp.tanh(_t) / 2,
             "List the four draws. Which of them say nothing on average?",
@@ -76,7 +76,7 @@ CHECKS = [
         ),
         holds=Choice("no", "Put in some t.", options=("yes", "no")),
     ),
-    Parts(
+    "ex-exact-load-one": Parts(
         along=Numbers(
             1.0,
             "Write the square of the map as that of its error, plus a cross term with the bias of the map.",
@@ -95,7 +95,7 @@ CHECKS = [
             symbols="d",
         ),
     ),
-    Numbers(
+    "ex-exact-bounded": Numbers(
         _spheres,
         "Use `softmax_moments(1000, tilts, law)`, one law for each d; the radius is the root of d.",
         misses=[
@@ -110,7 +110,7 @@ CHECKS = [
         ],
         rtol=0.02,
     ),
-    Numbers(
+    "ex-exact-scaling": Numbers(
         _kept,
         "Solve for the load at which the participation is the inverse of the number of tokens to be kept.",
         misses=[
@@ -120,7 +120,7 @@ CHECKS = [
         atol=0.01,
         rtol=0,
     ),
-    Parts(
+    "ex-exact-debias": Parts(
         plain=Numbers(
             lambda: -2 * softmax_law.softmax_moments(100, 2).participation,
             "The mean of the outputs, less the load; thousands of lists are needed.",
@@ -146,7 +146,7 @@ CHECKS = [
             rtol=0,
         ),
     ),
-    Parts(
+    "ex-exact-between": Parts(
         normal=Expression(
             sp.exp(-(_s**2)),
             "Put K(t) = t^2 / 2 into the exponent; the share is the inverse of n P.",
@@ -172,7 +172,7 @@ CHECKS = [
             misses=[(25, "That counts heads of load above 2 only."), (13, "That counts heads below the normal law.")],
         ),
     ),
-    Parts(
+    "ex-exact-most": Parts(
         most=Numbers(
             lambda: 2 * _loads()[64] ** 2 / math.log(10),
             "Which of the two budgets? Sort the loads; the phase is reached by the smallest loads first.",
@@ -194,4 +194,6 @@ CHECKS = [
             rtol=0,
         ),
     ),
-]
+}
+
+exercise = by_label(CHECKS)

@@ -4,13 +4,13 @@ import math
 
 import sympy as sp
 
-from tokcx_lib.check.kinds import Expression, Numbers, Parts
+from tokcx_lib.check.kinds import Expression, Numbers, Parts, by_label
 
 _h, _L, _Psi = sp.symbols("h L Psi")
 _square = _h**2 - 2 * _h + (1 - _h**4) ** sp.Rational(-3, 2)
 
-CHECKS = [
-    Parts(
+CHECKS = {
+    "ex-sharp-negative": Parts(
         square=Expression(
             _square,
             "The closed form of the page holds for H of either sign.",
@@ -27,7 +27,7 @@ CHECKS = [
             rtol=0.005,
         ),
     ),
-    Parts(
+    "ex-sharp-fresh": Parts(
         alpha=Expression(
             1 + 1 / _Psi,
             "Which part of the influence decides its tail, and is it still there?",
@@ -50,7 +50,7 @@ CHECKS = [
             symbols="Psi",
         ),
     ),
-    Parts(
+    "ex-sharp-blind": Parts(
         slope=Numbers(
             0.26,
             "Given the first coordinates the mean is normal; average its size, not its square, at both lengths.",
@@ -70,7 +70,7 @@ CHECKS = [
             ],
         ),
     ),
-    Parts(
+    "ex-sharp-half": Parts(
         times=Expression(
             2 ** (1 + _Psi),
             "The error is a power of n; which n makes it half?",
@@ -90,7 +90,7 @@ CHECKS = [
             rtol=0.04,
         ),
     ),
-    Parts(
+    "ex-sharp-bounded": Parts(
         uniform=Numbers(
             0.52,
             "The mean over replicates of the size of the first moment; the slope is log(ratio) / log(16), positive.",
@@ -115,7 +115,7 @@ CHECKS = [
             rtol=0.02,
         ),
     ),
-    Parts(
+    "ex-sharp-lift": Parts(
         factor=Expression(
             1 + _Psi,
             "Integrate y e^{q y^2 / 2} against the density from L on, and divide by the probability and by the value "
@@ -141,7 +141,7 @@ CHECKS = [
             rtol=0,
         ),
     ),
-    Parts(
+    "ex-sharp-border": Parts(
         pull=Expression(
             _L**3 / (12 * sp.sqrt(2 * sp.pi)),
             "Square the pull at H = 1 and multiply by the normal density: what happens to the exponentials?",
@@ -175,4 +175,6 @@ CHECKS = [
             rtol=0,
         ),
     ),
-]
+}
+
+exercise = by_label(CHECKS)

@@ -6,7 +6,7 @@ import numpy as np
 import sympy as sp
 from scipy.special import gamma
 
-from tokcx_lib.check.kinds import Choice, Expression, Numbers, Parts
+from tokcx_lib.check.kinds import Choice, Expression, Numbers, Parts, by_label
 from tokcx_lib.studies.sparse import theory
 
 _M, _rest, _s, _d, _theta = sp.symbols("M rest s d theta")
@@ -42,8 +42,8 @@ def _worth(theta: float) -> float:
     return float((_softer(0) / _softer(theta)).subs({_s: 2, _d: 32}))
 
 
-CHECKS = [
-    Parts(
+CHECKS = {
+    "ex-sparse-renormalise": Parts(
         difference=Expression(
             -(1 - _M) * _rest,
             "Write full attention as the merge of the kept and the other keys, and take it away.",
@@ -64,7 +64,7 @@ CHECKS = [
             rtol=0.05,
         ),
     ),
-    Parts(
+    "ex-sparse-projection": Parts(
         load=Numbers(
             math.sqrt(4096 / 128) / 2,
             "How much longer is a combined key than a key? Logits are linear in it.",
@@ -92,7 +92,7 @@ CHECKS = [
             rtol=0.13,
         ),
     ),
-    Parts(
+    "ex-sparse-stride": Parts(
         told=Numbers(
             _stride(),
             "Take away from both what all keys share, the variance of the mean over the whole sequence.",
@@ -111,7 +111,7 @@ CHECKS = [
             rtol=0.12,
         ),
     ),
-    Parts(
+    "ex-sparse-frozen": Parts(
         exact=Numbers(
             _exact_ranks,
             "Call `theory.frozen_missing_mass` on whole numbers of keys, and take the first that misses no more than "
@@ -134,7 +134,7 @@ CHECKS = [
             rtol=0.005,
         ),
     ),
-    Parts(
+    "ex-sparse-proportional": Parts(
         square=Expression(
             _softer(_theta),
             "The error is an average of (w/p)(v - o) over draws. Which density do its square and p make together?",
@@ -159,7 +159,7 @@ CHECKS = [
             ],
         ),
     ),
-    Parts(
+    "ex-sparse-ninth": Parts(
         half=Numbers(
             1.316,
             "Half of the keys of largest weight, half drawn from the others; these get a logit raised by the log of "
@@ -187,4 +187,6 @@ CHECKS = [
             options=("better", "worse", "level"),
         ),
     ),
-]
+}
+
+exercise = by_label(CHECKS)

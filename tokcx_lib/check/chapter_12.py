@@ -6,7 +6,7 @@ import numpy as np
 import sympy as sp
 
 from tokcx_lib import records
-from tokcx_lib.check.kinds import Choice, Expression, Numbers, Parts
+from tokcx_lib.check.kinds import Choice, Expression, Numbers, Parts, by_label
 
 _Psi, _h, _V, _c, _w = sp.symbols("Psi h V c w")
 
@@ -32,8 +32,8 @@ def _square(load: float) -> float:
     return math.exp(load**2) * (32 + load**2)
 
 
-CHECKS = [
-    Parts(
+CHECKS = {
+    "ex-how-deep": Parts(
         layers=Numbers(
             3,
             "Add up the powers of the coupling, layer by layer, and watch when the sum passes 1.",
@@ -52,7 +52,7 @@ CHECKS = [
             symbols="Psi",
         ),
     ),
-    Numbers(
+    "ex-take-shift": Numbers(
         0.46,
         "Both runs on the same draws; centre the tokens before the first layer and after every one, then divide root "
         "mean squares.",
@@ -63,7 +63,7 @@ CHECKS = [
         ],
         rtol=0.11,
     ),
-    Numbers(
+    "ex-no-residual": Numbers(
         [15.0458, 1.0],
         "Start at the identity; `both['steady'].covs` has the covariances with a residual. The scale of the "
         "covariance does not matter.",
@@ -73,7 +73,7 @@ CHECKS = [
         ],
         rtol=0.005,
     ),
-    Parts(
+    "ex-one-look": Parts(
         ratio=Numbers(
             0.896,
             "Divide the sum of all entries of the matrix by the sum of its diagonal, and take the root.",
@@ -90,7 +90,7 @@ CHECKS = [
             options=("looking", "writing"),
         ),
     ),
-    Parts(
+    "ex-shift-stretch": Parts(
         shift=Expression(
             1 + _V / (1 + _V * _h),
             "The mean has a map of its own: what comes on top of M? Put the gain in.",
@@ -122,7 +122,7 @@ CHECKS = [
             ],
         ),
     ),
-    Parts(
+    "ex-weak-layer": Parts(
         **{
             "stop": Expression(
                 _c * (1 + _w * (1 + _c)),
@@ -162,7 +162,7 @@ CHECKS = [
             ),
         }
     ),
-    Parts(
+    "ex-made-where": Parts(
         shares=Numbers(
             lambda: _shares()[0],
             "Multiply what is there by the square of what a layer hands on, then add its fresh square; divide by the "
@@ -187,7 +187,7 @@ CHECKS = [
             rtol=0.004,
         ),
     ),
-    Parts(
+    "ex-right-angles": Parts(
         ratios=Numbers(
             [_right_angles(load) for load in (0.5, 1.0, 2.0)],
             "Take the trace of S at one tilt twice, and at two tilts at right angles; there are eleven others for "
@@ -209,4 +209,6 @@ CHECKS = [
             ],
         ),
     ),
-]
+}
+
+exercise = by_label(CHECKS)

@@ -1,12 +1,14 @@
 """Kinds of answers, and how each is compared: numbers, expressions, functions, words, and several of these together.
 
 A check holds the right answer, or computes it from the library when it is asked; `hint`, for every wrong answer; and
-`misses`, answers that come from a known mistake, each with a hint of its own.
+`misses`, answers that come from a known mistake, each with a hint of its own. `by_label` makes the `exercise` of a
+module from its checks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,10 +57,24 @@ class Check:
             return None
         return next((hint for wrong, hint in self.misses if self.same(given, self.read(wrong))), self.hint)
 
-    def verdict(self, number: str, answer) -> Verdict:
+    def verdict(self, label: str, answer) -> Verdict:
         """What `check.exercise` returns."""
         advice = self.advice(answer)
-        return Verdict(advice is None, f"{number}: right." if advice is None else f"{number}: not yet. {advice}")
+        return Verdict(advice is None, f"{label}: right." if advice is None else f"{label}: not yet. {advice}")
+
+
+def by_label(checks: Mapping[str, Check]) -> Callable[[str, Any], Verdict]:
+    """The function `exercise(label, answer)` for these checks."""
+
+    def exercise(label: str, answer) -> Verdict:
+        """Check the answer to the exercise of this label, such as "ex-exponential"; `tokcx_lib.check` says more."""
+        if not isinstance(label, str) or label not in checks:
+            likely = difflib.get_close_matches(str(label), checks) if len(checks) > 20 else []
+            known = ("perhaps " if likely else "one of ") + ", ".join(likely or checks)
+            raise ValueError(f"label: expected that of an exercise, {known}, got {label!r}")
+        return checks[label].verdict(label, answer)
+
+    return exercise
 
 
 @dataclass(frozen=True)
