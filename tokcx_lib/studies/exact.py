@@ -15,7 +15,7 @@ from tokcx_lib.sampling import sweeps
 from tokcx_lib.sampling.forms import random_head
 from tokcx_lib.sampling.streaming import partial_attention
 from tokcx_lib.studies.runs import Experiment, Part, Plan
-from tokcx_lib.theory import geometry, moment_bias
+from tokcx_lib.theory import geometry, moment_bias, rates
 
 
 class MomentErrors(NamedTuple):
@@ -82,7 +82,7 @@ def second_moment_bias(config: dict, device) -> Plan:
     for n in runs:
         for horizon in horizons:
             bias = moment_bias.second_moment_bias(n, horizon * unit, V)
-            shared = moment_bias.shared_keys_covariance(horizon * unit, V)
+            shared = rates.influence_covariance(horizon * unit, V)
             for name, matrix in (("second", bias), ("cov", bias - shared / n), ("shared", shared)):
                 direction[name, n, horizon] = matrix / torch.linalg.matrix_norm(matrix)
 
