@@ -329,8 +329,7 @@ def plan(
     """All that the numbers of a probe depend on; `ids` are those of its `tokens` tokens."""
     device = next(model.model.parameters()).device
     return {
-        "model": model.name,
-        "model_sha256": model.sha256,
+        **model.provenance,
         "tokens_sha256": hashlib.sha256(np.asarray(ids).astype(np.int64).tobytes()).hexdigest(),
         "tokens": tokens,
         "layers": _existing(layers, heads(model)),

@@ -34,7 +34,7 @@ def _plan(config: dict, device, table: Callable[[int, Tensor, list], pd.DataFram
         found.insert(0, "layer", layer)
         return Part(found)
 
-    about = {"texts": texts, "model": model.name, "model_sha256": model.sha256, "context": CONTEXT, "tokens": len(ids)}
+    about = {"texts": texts, **model.provenance, "context": CONTEXT, "tokens": len(ids)}
     return Plan([(layer,) for layer in sorted({head.layer for head in every})], work, about)
 
 
