@@ -319,7 +319,7 @@ def book() -> Corpus:
     ValueError
         If this library does not run from a checkout of the project.
     """
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     chapters = sorted((root / "chapters").glob("*.md"))
     pages = [path for path in (root / "book").rglob("*.md") if not path.relative_to(root).parts[1].startswith("_")]
     if not chapters:
