@@ -16,6 +16,7 @@ from tqdm import tqdm
 from tokcx_lib.models import architectures
 from tokcx_lib.models.loading import TextModel, require_text_model
 from tokcx_lib.models.tokenization import read_ids
+from tokcx_lib.theory.limits import Moments
 from tokcx_lib.validation import as_count
 
 MOST_UNKNOWN = 0.1  # of a text's tokens: beyond it the numbers describe the one token that stands for all the rest
@@ -197,11 +198,11 @@ def collect_tokens(model: TextModel, text, layers: Sequence[int], tokens: int | 
     return [torch.cat(part)[:tokens] for part in parts]
 
 
-def token_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+def token_moments(x: Tensor) -> Moments:
     """Mean (d,) and centred covariance (d, d), divisor n, of tokens (n, d), in float64."""
     mean = x.mean(0, dtype=torch.float64)
     cov = sum((part := block.double() - mean).mT @ part for block in x.split(65_536)) / len(x)
-    return mean, (cov + cov.mT) / 2
+    return Moments(mean, (cov + cov.mT) / 2)
 
 
 class RunningMoments:

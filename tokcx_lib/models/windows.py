@@ -61,7 +61,7 @@ def wikipedia_windows(model: TextModel, tokens: int, seed: int, skip: int = 0) -
     return random_windows(model, WIKIPEDIA, tokens, seed, skip)
 
 
-def passages(model: TextModel, corpus: str, tokens: int, count: int) -> tuple[Tensor, dict[str, str]]:
+def spread_passages(model: TextModel, corpus: str, tokens: int, count: int) -> tuple[Tensor, dict[str, str]]:
     """Token ids of `count` passages of a text in its own order, spread evenly over its lines: int64, (count, tokens).
 
     Only the passages are tokenised. No two share a line.

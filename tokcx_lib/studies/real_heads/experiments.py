@@ -28,10 +28,6 @@ LENGTHS = [250, 500, 1000, 2000, 4000, 8000, 15_000, 30_000]
 POOL, QUERIES, STREAM, FRESH = 0, 1_000, 2_000, 20_000
 
 
-def _model_meta(model) -> dict:
-    return {"model": model.name, "model_sha256": model.sha256, "context": CONTEXT}
-
-
 def _cached_tokens(model, ids):
     """A function from a layer to the tokens that enter it; units go layer by layer, and one layer is held at a time."""
 
@@ -83,21 +79,25 @@ def real_heads_moments(config: dict, device) -> Plan:
         table.insert(0, "layer", layer)
         table.insert(1, "head", number)
         twin_limit = convergence.twin_limit(head, law(layer))
+        mean_floor, cov_floor = half.errors(limit)
+        twin_mean_gap, twin_cov_gap = limit.errors(twin_limit)
         kept = {
-            "mean_floor": torch.linalg.vector_norm(half.mean - limit.mean),
-            "cov_floor": torch.linalg.matrix_norm(half.cov - limit.cov),
+            "mean_floor": mean_floor,
+            "cov_floor": cov_floor,
             "cov_norm": torch.linalg.matrix_norm(limit.cov),
             "output_spread": limit.cov.trace().sqrt(),
             "twin_cov_norm": torch.linalg.matrix_norm(twin_limit.cov),
-            "twin_mean_gap": torch.linalg.vector_norm(limit.mean.cpu() - twin_limit.mean.cpu()),
-            "twin_cov_gap": torch.linalg.matrix_norm(limit.cov.cpu() - twin_limit.cov.cpu()),
+            "twin_mean_gap": twin_mean_gap,
+            "twin_cov_gap": twin_cov_gap,
         }
         arrays = {key: np.array(value.item()) for key, value in kept.items()}
         square = convergence.twin_map_error(head, queries, law(layer), config["lengths"])
         return Part(table, {**arrays, "twin_map_error": np.sqrt(square)})
 
     units = list(chosen)
-    return Plan(units, work, {"texts": texts, **_model_meta(model)}, summary=_named_summary("heads", units))
+    return Plan(
+        units, work, {"texts": texts, **model.provenance, "context": CONTEXT}, summary=_named_summary("heads", units)
+    )
 
 
 def real_heads_maps(config: dict, device) -> Plan:
@@ -149,7 +149,13 @@ def real_heads_maps(config: dict, device) -> Plan:
         return Part(pd.DataFrame(rows), {name: np.array(value) for name, value in kept.items()})
 
     units = sorted({(head.layer,) for head in every})
-    meta = {"texts": texts, "replicates": config["segments"], "stream": len(ids), **_model_meta(model)}
+    meta = {
+        "texts": texts,
+        "replicates": config["segments"],
+        "stream": len(ids),
+        **model.provenance,
+        "context": CONTEXT,
+    }
     return Plan(units, work, meta, summary=_named_summary("layers", units))
 
 
@@ -195,7 +201,7 @@ def real_heads_variants(config: dict, device) -> Plan:
 
     units = list(chosen)
     variants = [*(f"alpha {alpha:g}" for alpha in config["alphas"]), "windows", "special", "words", "twin"]
-    meta = {"texts": texts, "variants": variants, **_model_meta(model)}
+    meta = {"texts": texts, "variants": variants, **model.provenance, "context": CONTEXT}
     return Plan(units, work, meta, summary=_named_summary("heads", units))
 
 
@@ -260,7 +266,9 @@ def real_heads_sinks(config: dict, device) -> Plan:
             rows.append(row)
         return Part(pd.DataFrame(rows))
 
-    return Plan(sorted({(head.layer,) for head in every}), work, {"texts": texts, **_model_meta(model)})
+    return Plan(
+        sorted({(head.layer,) for head in every}), work, {"texts": texts, **model.provenance, "context": CONTEXT}
+    )
 
 
 def real_heads_on(config: dict, device) -> Plan:
@@ -275,7 +283,7 @@ def real_heads_on(config: dict, device) -> Plan:
         table.insert(0, "part", part)
         return Part(table)
 
-    return Plan([(part,) for part in range(parts)], work, {"texts": texts, **_model_meta(model)})
+    return Plan([(part,) for part in range(parts)], work, {"texts": texts, **model.provenance, "context": CONTEXT})
 
 
 def _on(corpus: str, tokens: int, **options) -> Experiment:
