@@ -71,14 +71,23 @@ def error_curves(ax: Axes, table: pd.DataFrame, error: str, by: str, labels: dic
 
 
 def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Text at the right ends of curves on a logarithmic axis, pushed up where two would overlap."""
-    height = ax.figure.get_figheight() * 72 * 0.8  # of the axes, in points, roughly
+    """Text at the right ends of curves on a logarithmic axis: up where two would overlap, but not beyond its top."""
+    place = ax.get_subplotspec()  # None for axes that were put somewhere by hand
+    rows = place.get_gridspec().nrows if place else 1
+    height = ax.figure.get_figheight() * 72 * 0.8 / rows  # of the axes, in points, roughly
+    gap = 1.25 * mpl.rcParams["font.size"]
     low, high = np.log(ax.get_ylim())
-    free = -np.inf
-    for x, y, label, colour in sorted(ends, key=lambda end: end[1]):
-        at = (np.log(y) - low) / (high - low) * height
-        free = max(at, free + 1.25 * mpl.rcParams["font.size"])
-        ax.annotate(label, (x, y), (8, free - at), textcoords="offset points", color=colour, va="center")
+    ends = sorted(ends, key=lambda end: end[1])
+    wanted = [(np.log(y) - low) / (high - low) * height for _, y, _, _ in ends]
+    placed = []
+    for i, at in enumerate(wanted):
+        placed.append(max(at, placed[-1] + gap if i else at))
+    top = height
+    for i in reversed(range(len(placed))):
+        placed[i] = min(placed[i], top)
+        top = placed[i] - gap
+    for (x, y, label, colour), at, where in zip(ends, wanted, placed):
+        ax.annotate(label, (x, y), (8, where - at), textcoords="offset points", color=colour, va="center")
 
 
 SCHEME_LOOKS = {
@@ -113,25 +122,7 @@ def scheme_curves(ax: Axes, table: pd.DataFrame, schemes=None, together: dict | 
     ax.set(xscale="log", yscale="log")
     ax.set_xticks(mean.index, [f"{b:g}" for b in mean.index])
     ax.minorticks_off()
-    _spread_labels(ax, ends)
-
-
-def _spread_labels(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Text at the right ends of curves on a logarithmic axis: up where two would overlap, but not beyond its top."""
-    rows = ax.get_subplotspec().get_gridspec().nrows
-    height, gap = ax.figure.get_figheight() * 72 * 0.8 / rows, 1.3 * mpl.rcParams["font.size"]
-    low, high = np.log(ax.get_ylim())
-    ends = sorted(ends, key=lambda end: end[1])
-    wanted = [(np.log(y) - low) / (high - low) * height for _, y, _, _ in ends]
-    placed = []
-    for i, at in enumerate(wanted):
-        placed.append(max(at, placed[-1] + gap if i else at))
-    top = height
-    for i in reversed(range(len(placed))):
-        placed[i] = min(placed[i], top)
-        top = placed[i] - gap
-    for (x, y, label, colour), at, where in zip(ends, wanted, placed):
-        ax.annotate(label, (x, y), (8, where - at), textcoords="offset points", color=colour, va="center")
+    _label_ends(ax, ends)
 
 
 def slope_guide(ax: Axes, n, start: float, exponent: float = 0.5, label: str = r"$1/\sqrt{n}$") -> None:
