@@ -32,10 +32,6 @@ def _as_forms(B, V) -> tuple[Tensor, Tensor]:
     return B, V
 
 
-def _as_number_of_tokens(n, least: float = 1) -> float:
-    return as_number("n", n, least, MOST_TOKENS)
-
-
 def _require_loads(names: str, load) -> None:
     """Raise ValueError if a query looks nowhere, or further than the exact laws are computed."""
     if not load.min() > 0 or not load.max() <= MOST_TILT:
@@ -66,7 +62,7 @@ def second_moment_bias(n: float, B, V=None) -> Tensor:
 
     Source: chapter 9.
     """
-    n, (B, V) = _as_number_of_tokens(n), _as_forms(B, V)
+    n, (B, V) = as_number("n", n, 1, MOST_TOKENS), _as_forms(B, V)
     left, singular, _ = torch.linalg.svd(B)
     beta = singular.numpy()
     if beta[0] < 1e-12:  # a head that looks nowhere averages n tokens evenly
@@ -109,7 +105,7 @@ def load_law(beta, n: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Source: chapter 9 (saddle-point inversion: classical).
     """
-    beta, n = as_array("beta", beta), _as_number_of_tokens(n)
+    beta, n = as_array("beta", beta), as_number("n", n, 1, MOST_TOKENS)
     if beta.ndim != 1 or not (np.isfinite(beta) & (beta >= 0)).all() or not beta.max() > 0:
         raise ValueError(f"beta: expected singular values, one of them positive, got {beta}")
     rate = (beta[beta > 1e-9 * beta.max()] / beta.max()) ** 2  # at most 1, exactly
@@ -175,7 +171,7 @@ def own_token_bias(n: float, B, V=None, queries=None) -> Tensor:
     Source: chapter 9.
     """
     B, V = _as_forms(B, V)
-    x, n = as_tokens("queries", queries, len(B)).detach().double(), _as_number_of_tokens(n, least=2)
+    x, n = as_tokens("queries", queries, len(B)).detach().double(), as_number("n", n, 2, MOST_TOKENS)
     tilt = x @ B.mT
     load = torch.linalg.vector_norm(tilt, dim=1)
     _require_loads("B, queries", load)
@@ -236,7 +232,7 @@ def shared_keys_projection(n: float, B, V=None, tokens=None, queries=None) -> Te
 
     Source: chapter 9 (projection: Hajek 1968).
     """
-    n = _as_number_of_tokens(n, least=2)
+    n = as_number("n", n, 2, MOST_TOKENS)
     limit = influence_covariance(B) / n
     B, V = _as_forms(B, V)
     z = as_tokens("tokens", tokens, len(B)).detach().double()
