@@ -58,6 +58,7 @@ ELSEWHERE = {
     "distributed.rank": "takes nothing",
     "distributed.shard": "takes any list",
     "distributed.world": "takes nothing",
+    "scalar.between": "reads a table that its caller made",
     "retrieval.article_embeddings": "takes a model",
     "retrieval.collect": "takes articles",
     "retrieval.context_attention": "takes a model",

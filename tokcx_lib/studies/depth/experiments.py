@@ -13,8 +13,8 @@ from tokcx_lib import runtime
 from tokcx_lib.models import subsampled
 from tokcx_lib.models.heads import heads, output_maps
 from tokcx_lib.models.loading import EMBEDDED, load_model
-from tokcx_lib.models.tokens import collect_tokens
-from tokcx_lib.models.windows import CONTEXT, WINDOW, wikipedia_windows
+from tokcx_lib.models.tokens import CONTEXT, collect_tokens
+from tokcx_lib.models.windows import WINDOW, wikipedia_windows
 from tokcx_lib.sampling import binned
 from tokcx_lib.studies.depth import joint, layerwise, stacks
 from tokcx_lib.studies.runs import Experiment, Part, Plan

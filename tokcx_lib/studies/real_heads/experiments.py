@@ -13,8 +13,8 @@ from tqdm import tqdm
 from tokcx_lib import runtime
 from tokcx_lib.models.heads import head_geometry, heads
 from tokcx_lib.models.loading import EMBEDDED, load_model
-from tokcx_lib.models.tokens import RunningMoments, collect_tokens, layer_streams, token_moments
-from tokcx_lib.models.windows import CONTEXT, WINDOW, random_windows, wikipedia_windows
+from tokcx_lib.models.tokens import CONTEXT, RunningMoments, collect_tokens, layer_streams, token_moments
+from tokcx_lib.models.windows import WINDOW, random_windows, wikipedia_windows
 from tokcx_lib.probe.measure import probe
 from tokcx_lib.sampling.streaming import effective_tokens, prefix_states
 from tokcx_lib.studies.real_heads import convergence
@@ -26,6 +26,11 @@ LENGTHS = [250, 500, 1000, 2000, 4000, 8000, 15_000, 30_000]
 
 # First windows of a random order of the text that experiments read: no two of these stretches share a window.
 POOL, QUERIES, STREAM, FRESH = 0, 1_000, 2_000, 20_000
+
+
+def _about(model, texts: dict) -> dict:
+    """What a record says of the model and the texts that its numbers come from."""
+    return {"texts": texts, **model.provenance, "context": CONTEXT}
 
 
 def _cached_tokens(model, ids):
@@ -95,9 +100,7 @@ def real_heads_moments(config: dict, device) -> Plan:
         return Part(table, {**arrays, "twin_map_error": np.sqrt(square)})
 
     units = list(chosen)
-    return Plan(
-        units, work, {"texts": texts, **model.provenance, "context": CONTEXT}, summary=_named_summary("heads", units)
-    )
+    return Plan(units, work, _about(model, texts), summary=_named_summary("heads", units))
 
 
 def real_heads_maps(config: dict, device) -> Plan:
@@ -149,13 +152,7 @@ def real_heads_maps(config: dict, device) -> Plan:
         return Part(pd.DataFrame(rows), {name: np.array(value) for name, value in kept.items()})
 
     units = sorted({(head.layer,) for head in every})
-    meta = {
-        "texts": texts,
-        "replicates": config["segments"],
-        "stream": len(ids),
-        **model.provenance,
-        "context": CONTEXT,
-    }
+    meta = {**_about(model, texts), "replicates": config["segments"], "stream": len(ids)}
     return Plan(units, work, meta, summary=_named_summary("layers", units))
 
 
@@ -201,7 +198,7 @@ def real_heads_variants(config: dict, device) -> Plan:
 
     units = list(chosen)
     variants = [*(f"alpha {alpha:g}" for alpha in config["alphas"]), "windows", "special", "words", "twin"]
-    meta = {"texts": texts, "variants": variants, **model.provenance, "context": CONTEXT}
+    meta = {**_about(model, texts), "variants": variants}
     return Plan(units, work, meta, summary=_named_summary("heads", units))
 
 
@@ -266,9 +263,7 @@ def real_heads_sinks(config: dict, device) -> Plan:
             rows.append(row)
         return Part(pd.DataFrame(rows))
 
-    return Plan(
-        sorted({(head.layer,) for head in every}), work, {"texts": texts, **model.provenance, "context": CONTEXT}
-    )
+    return Plan(sorted({(head.layer,) for head in every}), work, _about(model, texts))
 
 
 def real_heads_on(config: dict, device) -> Plan:
@@ -283,7 +278,7 @@ def real_heads_on(config: dict, device) -> Plan:
         table.insert(0, "part", part)
         return Part(table)
 
-    return Plan([(part,) for part in range(parts)], work, {"texts": texts, **model.provenance, "context": CONTEXT})
+    return Plan([(part,) for part in range(parts)], work, _about(model, texts))
 
 
 def _on(corpus: str, tokens: int, **options) -> Experiment:
