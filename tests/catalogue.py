@@ -32,6 +32,7 @@ MODULES_ELSEWHERE = {
     "architectures": "takes models and their configurations",
     "cli": "takes the words of a command line",
     "corpora": "reads files",
+    "figures": "draws",
     "heads": "takes models",
     "loading": "takes folders of models",
     "measure": "takes models and texts",

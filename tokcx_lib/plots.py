@@ -67,10 +67,10 @@ def error_curves(ax: Axes, table: pd.DataFrame, error: str, by: str, labels: dic
         ends.append((mean.index[-1], mean.iloc[-1], label, colour))
     ax.set(xscale="log", yscale="log", xlabel="tokens $n$")
     ax.xaxis.set_minor_formatter(NullFormatter())
-    _label_ends(ax, ends)
+    label_ends(ax, ends)
 
 
-def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+def label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     """Text at the right ends of curves on a logarithmic axis: up where two would overlap, but not beyond its top."""
     place = ax.get_subplotspec()  # None for axes that were put somewhere by hand
     rows = place.get_gridspec().nrows if place else 1
@@ -88,41 +88,6 @@ def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
         top = placed[i] - gap
     for (x, y, label, colour), at, where in zip(ends, wanted, placed):
         ax.annotate(label, (x, y), (8, where - at), textcoords="offset points", color=colour, va="center")
-
-
-SCHEME_LOOKS = {
-    "random": (PALETTE[0], "o-"),
-    "window": (PALETTE[1], "s-"),
-    "strided": (PALETTE[4], "^-"),
-    "window + random": (PALETTE[5], "v-"),
-    "window + weighted": (PALETTE[2], "D-"),
-    "top-k": (PALETTE[3], "P-"),
-    "low rank": (FAINT, "x--"),
-    "features": (INK, "*:"),
-}
-
-
-def scheme_curves(ax: Axes, table: pd.DataFrame, schemes=None, together: dict | None = None) -> None:
-    """Mean error of sparse attention against the keys read, one line a scheme, labelled at its right end.
-
-    Parameters
-    ----------
-    table : one row per scheme, budget and replicate, with columns scheme, budget and error. Bars: two standard errors.
-    schemes : which to draw, names of `SCHEME_LOOKS`; all if None.
-    together : scheme -> label, for lines that lie on each other; an empty label is not written.
-    """
-    ends = []
-    for name in schemes or SCHEME_LOOKS:
-        rows = table[table["scheme"] == name].groupby("budget")["error"]
-        mean, (colour, look) = rows.mean(), SCHEME_LOOKS[name]
-        ax.errorbar(mean.index, mean, 2 * rows.sem(), fmt=look, color=colour, linewidth=1.2, markersize=4.5)
-        label = (together or {}).get(name, name)
-        if label:
-            ends.append((mean.index[-1], mean.iloc[-1], label, colour))
-    ax.set(xscale="log", yscale="log")
-    ax.set_xticks(mean.index, [f"{b:g}" for b in mean.index])
-    ax.minorticks_off()
-    _label_ends(ax, ends)
 
 
 def slope_guide(ax: Axes, n, start: float, exponent: float = 0.5, label: str = r"$1/\sqrt{n}$") -> None:
