@@ -242,7 +242,7 @@ MODULES: dict[str, dict] = {
                               "A": FORM, "V": VALUES, "shift": normal(DIM)},
     "subsampled": {"batch": _contexts(), "keys": 2, "seed": 0, "layers": 2, "keep_special": True,
                    "seen": torch.ones(2, 5, dtype=torch.bool), "states": STATES[0], "real": _contexts().real},
-    "sweeps": SWEEP | {"tabulate": True, "errors": normal(5, 2, 4)},
+    "sweeps": SWEEP | {"tabulate": True, "errors": normal(5, 2, 4), "matrices": torch.stack([COV, FORM @ FORM.mT])},
     "tails": {"x": SAMPLE, "k": 10, "side": "upper", "share": 0.1, "shares": (0.1, 0.05), "t": 0.5, "points": 8,
               "n": 50, "window": 10, "pooled": True, "outlier": 3.0, "head": _head(), "queries": normal(6, DIM),
               "keys": normal(200, DIM), "quantiles": (0.05, 0.95)},

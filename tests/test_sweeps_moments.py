@@ -111,6 +111,12 @@ def test_a_law_that_is_not_gaussian_takes_its_limit_from_the_caller():
         sweeps.MomentSweep(law, [[0.5]], [10], scales=[1.0, 2.0], limit=limit)
 
 
+def test_packed_matrices_keep_their_inner_products():
+    a, b = (m + m.mT for m in torch.randn(2, 3, 4, 4, generator=runtime.stream(6), dtype=torch.float64))
+    found = (sweeps.packed(a) * sweeps.packed(b)).sum(-1)
+    assert sweeps.packed(a).shape == (3, 10) and torch.allclose(found, (a * b).sum((-2, -1)), rtol=1e-6)
+
+
 def test_precision_is_a_choice():
     law = laws.Gaussian(eye(4))
     double = sweeps.MomentSweep(law, eye(4), [30, 200]).table(2)

@@ -8,6 +8,7 @@ row per replicate, n and setting, as `fits.fit_slope` wants them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -198,6 +199,25 @@ class MomentSweep:
         stack = torch.stack([scale * self.A for scale in self.scales])
         mean, cov = self_attention_moments(tokens, stack, self.V, self.lengths)
         return [Moments(mean[:, i], cov[:, i]) for i in range(len(stack))]
+
+
+def packed(matrices) -> Tensor:
+    """Symmetric matrices (..., d, d) as vectors (..., d (d + 1) / 2) of the same norm, for `leave_one_out`.
+
+    The entries of the upper triangle, row by row; those off the diagonal, which stand for two, times the root of 2 (in
+    single precision).
+
+    Raises
+    ------
+    ValueError
+        If the matrices are not square.
+    """
+    matrices = as_tensor("matrices", matrices)
+    if matrices.ndim < 2 or matrices.shape[-1] != matrices.shape[-2] or 0 in matrices.shape:
+        raise ValueError(f"matrices: expected shape (..., d, d), none zero, got {tuple(matrices.shape)}")
+    row, column = torch.triu_indices(*matrices.shape[-2:])
+    weight = torch.where(row == column, 1.0, math.sqrt(2)).to(matrices)
+    return finite_answer("matrices", matrices[..., row, column] * weight)
 
 
 def leave_one_out(errors) -> np.ndarray:

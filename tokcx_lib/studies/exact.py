@@ -76,8 +76,6 @@ def second_moment_bias(config: dict, device) -> Plan:
     unit = config["variance"] * A / geometry.horizon(A, cov)
     V = V * math.sqrt(config["variance"])
     runs = {int(n): run for n, run in config["runs"].items()}
-    upper = torch.triu_indices(dim, dim)
-    weight = torch.where(upper[0] == upper[1], 1.0, math.sqrt(2))  # a symmetric matrix as a vector of the same norm
     direction = {}
     for n in runs:
         for horizon in horizons:
@@ -98,7 +96,7 @@ def second_moment_bias(config: dict, device) -> Plan:
             row["plain_along"] = (plain * direction["second", n, horizon]).sum().item()
             for name, matrix in found.items():
                 row[f"{name}_along"] = (matrix * direction[name, n, horizon]).sum().item()
-                packed[name].append((matrix[upper[0], upper[1]] * weight).numpy())
+                packed[name].append(sweeps.packed(matrix).numpy())
             rows.append(row)
         return Part(pd.DataFrame(rows), {name: np.stack(parts) for name, parts in packed.items()})
 

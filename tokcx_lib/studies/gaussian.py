@@ -64,14 +64,10 @@ def gaussian_horizon(config: dict, device) -> Plan:
     sweep = sweeps.MomentSweep(
         Gaussian(cov), A, config["lengths"], V, scales=scales, dtype=torch.float32, device=device
     )
-    upper = torch.triu_indices(dim, dim)
-    # A symmetric matrix as a vector of the same norm: entries off the diagonal count twice.
-    weight = torch.where(upper[0] == upper[1], 1.0, math.sqrt(2))
 
     def work(replicate: int) -> Part:
         table, second = sweep.errors(replicate, config["seed"])
-        packed = (second[..., upper[0], upper[1]] * weight).float().numpy()
-        return Part(table, {"second": packed})
+        return Part(table, {"second": sweeps.packed(second).float().numpy()})
 
     def finish(table: pd.DataFrame, arrays) -> pd.DataFrame:
         dots = sweeps.leave_one_out(np.stack([each["second"] for each in arrays]))  # replicates, scales, lengths
