@@ -1,8 +1,8 @@
 """The public functions of the library, found by introspection, and for each of them arguments that it takes.
 
 `public_functions` gives the functions and classes that a module defines without an underscore, and the methods of the
-laws. `arguments` gives a call of each. A new function whose parameters have no example here makes the tests fail that
-go through all of them: give an example, or name it in `ELSEWHERE`, with the reason.
+laws and of the sweep. `arguments` gives a call of each. A new function whose parameters have no example here makes the
+tests fail that go through all of them: give an example, or name it in `ELSEWHERE`, with the reason.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import tokcx_lib
 from tokcx_lib.models import subsampled
 from tokcx_lib.models.heads import Head
-from tokcx_lib.sampling import binned
+from tokcx_lib.sampling import binned, sweeps
 from tokcx_lib.sampling.streaming import Partial, partial_attention
 from tokcx_lib.studies.depth import joint, stacks
 from tokcx_lib.theory import laws
@@ -32,6 +32,7 @@ MODULES_ELSEWHERE = {
     "architectures": "takes models and their configurations",
     "cli": "takes the words of a command line",
     "corpora": "reads files",
+    "figures": "draws",
     "heads": "takes models",
     "loading": "takes folders of models",
     "measure": "takes models and texts",
@@ -58,6 +59,7 @@ ELSEWHERE = {
     "distributed.rank": "takes nothing",
     "distributed.shard": "takes any list",
     "distributed.world": "takes nothing",
+    "scalar.between": "reads a table that its caller made",
     "retrieval.article_embeddings": "takes a model",
     "retrieval.collect": "takes articles",
     "retrieval.context_attention": "takes a model",
@@ -88,7 +90,7 @@ def public_functions() -> dict[str, typing.Callable]:
                 found[f"{own}.{name}"] = value
             elif inspect.isclass(value) and "_fields" not in vars(value):  # named tuples take anything
                 found[f"{own}.{name}"] = value
-                for method in ("sample", "log_mgf", "tilted_mean", "tilted_cov"):
+                for method in ("sample", "log_mgf", "tilted_mean", "tilted_cov", "table", "errors"):
                     if callable(getattr(value, method, None)):
                         found[f"{own}.{name}.{method}"] = getattr(value, method)
     return {name: value for name, value in found.items() if name not in ELSEWHERE and not name.startswith("laws.Law.")}
@@ -127,6 +129,11 @@ def law(name: str = "Gaussian"):
 def _head(number: int = 0) -> Head:
     W_Q, W_K, W_V = (0.5 * normal(2, DIM, seed=10 + 3 * number + i) for i in range(3))
     return Head(0, number, W_Q, W_K, W_V, normal(2, seed=20 + number), 0.7)
+
+
+@functools.cache
+def _sweep() -> sweeps.MomentSweep:
+    return sweeps.MomentSweep(law(), FORM, [5, 20], VALUES, scales=[0.5, 1.0])
 
 
 @functools.cache
@@ -235,7 +242,7 @@ MODULES: dict[str, dict] = {
                               "A": FORM, "V": VALUES, "shift": normal(DIM)},
     "subsampled": {"batch": _contexts(), "keys": 2, "seed": 0, "layers": 2, "keep_special": True,
                    "seen": torch.ones(2, 5, dtype=torch.bool), "states": STATES[0], "real": _contexts().real},
-    "sweeps": SWEEP | {"errors": normal(5, 2, 4)},
+    "sweeps": SWEEP | {"tabulate": True, "errors": normal(5, 2, 4), "matrices": torch.stack([COV, FORM @ FORM.mT])},
     "tails": {"x": SAMPLE, "k": 10, "side": "upper", "share": 0.1, "shares": (0.1, 0.05), "t": 0.5, "points": 8,
               "n": 50, "window": 10, "pooled": True, "outlier": 3.0, "head": _head(), "queries": normal(6, DIM),
               "keys": normal(200, DIM), "quantiles": (0.05, 0.95)},
@@ -250,7 +257,6 @@ FUNCTIONS: dict[str, dict] = {
     "theory.top_mass": {"k": [1, 5]},
     "theory.frozen_missing_mass": {"k": [1, 5]},
     "streaming.prefix_moments": SAME,
-    "sweeps.horizon_errors": {"limit": None},
     "tails.log_mgf": {"x": SAMPLE.reshape(2, 100), "t": [0.5, -0.5]},
     "tails.normal_log_mgf": {"t": [0.5, 1.0]},
     "tails.token_geometry": {"x": normal(60, DIM)},
@@ -272,7 +278,7 @@ def arguments(name: str) -> dict:
         if parameter.kind is parameter.VAR_KEYWORD:
             continue
         if parameter.name == "self":
-            found["self"] = law(rest[0])
+            found["self"] = _sweep() if module == "sweeps" else law(rest[0])
         elif parameter.name not in known:
             raise LookupError(f"{name}: no example of the argument {parameter.name} in tests/catalogue.py")
         else:

@@ -33,7 +33,7 @@ def test_the_sweep_agrees_with_a_plain_implementation():
     d, variance, seed, lengths, scales = 50, 0.1, 5_050, [200, 500, 1000], [1.0, 14.0, 50.0]
     law = laws.Gaussian(variance * torch.eye(d, dtype=torch.float64))
     A, V = forms.random_head(d, seed)
-    found = sweeps.horizon_sweep(law, A, V, scales, lengths, [0, 1, 2, 3, 4, 5], seed, dtype=torch.float32)
+    found = sweeps.MomentSweep(law, A, lengths, V, scales, dtype=torch.float32).table(6, seed)
     rows = []
     for scale in scales:
         for r in range(6):
@@ -98,7 +98,7 @@ def test_constants_are_met_by_simulation():
     B = torch.tensor([[0.35, 0.2], [-0.1, 0.3]], dtype=torch.float64)
     W = torch.tensor([[1.0, 0.5], [0.0, 2.0]], dtype=torch.float64)
     law = laws.Gaussian(torch.eye(2, dtype=torch.float64))
-    table = sweeps.moment_sweep(law, B, W, [2000], 300, seed=7)
+    table = sweeps.MomentSweep(law, B, [2000], W).table(300, seed=7)
     known = rates.moment_constants(B, W)
     for error, constant in (("mean_error", known.mean), ("cov_error", known.cov)):
         square = 2000 * table[error] ** 2
@@ -167,7 +167,7 @@ def test_values_by_linearity_are_the_sweep():
     law = laws.Gaussian(torch.eye(6, dtype=torch.float64))
     form = forms.power_law_form(6, config["seed"])
     for name, V in value_matrices(6, config["seed"]).items():
-        expected = sweeps.moment_sweep(law, form, V, [50, 100], [3], config["seed"], dtype=torch.float32)
+        expected = sweeps.MomentSweep(law, form, [50, 100], V, dtype=torch.float32).table([3], config["seed"])
         found = table[table["values"] == name]
         for error in ("mean_error", "cov_error"):
             assert np.allclose(found[error], expected[error], rtol=1e-3)

@@ -116,6 +116,6 @@ def test_bad_input():
 def test_convergence_to_the_limit():
     law, (A, V) = laws.UniformBall(3), random_form(3, 2)
     limit = limits.bounded_limit(law, A, V, points=2**12).moments
-    table = sweeps.moment_sweep(law, A, V, [100, 1600], 30, seed=4, limit=limit)
+    table = sweeps.MomentSweep(law, A, [100, 1600], V, limit=limit).table(30, seed=4)
     few, many = table.groupby("n")[["mean_error", "cov_error"]].mean().to_numpy()
     assert (np.abs(few / many / 4 - 1) < 0.35).all()  # sixteen times the tokens, a quarter of the error

@@ -14,7 +14,7 @@ from tokcx_lib.cli import main
 from tokcx_lib.sampling.forms import random_head
 from tokcx_lib.sampling.streaming import self_attention_moments
 from tokcx_lib.studies import exact
-from tokcx_lib.theory import budgets, moment_bias
+from tokcx_lib.theory import budgets, moment_bias, rates
 from tokcx_lib.theory.softmax_law import softmax_moments
 
 
@@ -102,7 +102,7 @@ def test_shared_keys():
     """The covariance of the mean of self-attention, in one dimension: limit, projection, simulation."""
     n, lists = 200, 3000
     for H in (0.5, -0.4):
-        limit = moment_bias.shared_keys_covariance([[H]]).item()
+        limit = rates.influence_covariance([[H]]).item()
         assert limit == pytest.approx(H**2 + 2 * H + (1 - H**4) ** -1.5, rel=1e-12)
         z, x = torch.randn((2, 600, 1), dtype=torch.float64, generator=runtime.stream(33))
         projected = n * moment_bias.shared_keys_projection(n, [[H]], None, z, x).item()
@@ -227,7 +227,7 @@ def test_phase_diagram():
         (lambda: moment_bias.load_law([-1.0]), "beta"),
         (lambda: moment_bias.own_token_bias(10, torch.eye(2), None, torch.zeros(3)), "queries"),
         (lambda: moment_bias.own_token_bias(1, torch.eye(2), None, torch.zeros(3, 2)), "n"),
-        (lambda: moment_bias.shared_keys_covariance(torch.eye(2)), "B"),
+        (lambda: rates.influence_covariance(torch.eye(2)), "B"),
         (
             lambda: moment_bias.shared_keys_projection(
                 9, 0.5 * torch.eye(2), None, torch.zeros(3, 2), torch.zeros(3, 2)

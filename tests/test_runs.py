@@ -28,10 +28,11 @@ ROOT = Path(__file__).resolve().parent.parent
 def plan(config, device):
     """Errors of self-attention in d = 2, with the error of the second moment kept beside the rows."""
     law = laws.Gaussian(torch.eye(2, dtype=torch.float64))
+    heads = sweeps.MomentSweep(law, torch.eye(2), [20, 40], scales=[0.5, 1.0])
 
     def work(replicate):
         time.sleep(config["pause"])
-        table, second = sweeps.horizon_errors(law, torch.eye(2), None, [0.5, 1.0], [20, 40], replicate, config["seed"])
+        table, second = heads.errors(replicate, config["seed"])
         return runs.Part(table, {"second": second.flatten(-2).numpy()})
 
     def finish(table, arrays):
@@ -344,11 +345,11 @@ def test_leave_one_out_is_the_squared_norm_of_the_mean_without_its_noise():
         sweeps.leave_one_out(draws[0][:1])
 
 
-def test_horizon_errors_are_those_of_the_sweep_and_of_the_definition():
+def test_errors_of_one_replicate_are_those_of_the_table_and_of_the_definition():
     law = laws.Gaussian(torch.diag(torch.tensor([1.0, 0.5], dtype=torch.float64)))
     A, V = torch.tensor([[0.3, 0.1], [0.0, -0.4]]).double(), torch.tensor([[1.0, 2.0]]).double()
-    table, second = sweeps.horizon_errors(law, A, V, [1.0, 2.0], [10, 30], 1, seed=9)
-    whole = sweeps.horizon_sweep(law, A, V, [1.0, 2.0], [10, 30], 3, seed=9)
+    heads = sweeps.MomentSweep(law, A, [10, 30], V, scales=[1.0, 2.0])
+    (table, second), whole = heads.errors(1, seed=9), heads.table(3, seed=9)
     pd.testing.assert_frame_equal(table, whole[whole.replicate == 1].reset_index(drop=True))
     tokens = law.sample(30, runtime.stream(9, 1))
     outputs = torch.softmax(2 * tokens @ A.mT @ tokens.mT, -1) @ tokens @ V.mT

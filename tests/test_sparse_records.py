@@ -8,7 +8,7 @@ import torch
 from tokcx_lib import records
 from tokcx_lib.models import loading, windows
 from tokcx_lib.models.tokens import tokenize
-from tokcx_lib.models.windows import passages
+from tokcx_lib.models.windows import spread_passages
 from tokcx_lib.studies.registry import EXPERIMENTS
 from tokcx_lib.studies.sparse import experiments, schemes
 from tokcx_lib.theory import laws
@@ -114,10 +114,10 @@ def test_passages_are_the_text_in_its_order(monkeypatch):
     monkeypatch.setattr(
         windows, "open_corpus", lambda name: type("Corpus", (), {"text": "".join(lines), "name": name, "sha256": "x"})
     )
-    found, meta = passages(model, "text", 30, 4)
+    found, meta = spread_passages(model, "text", 30, 4)
     assert found.shape == (4, 30) and meta == {"text": "x"}
     for i in range(4):
         expected = tokenize(model, "".join(lines[100 * i : 100 * i + 30]))[:30]
         assert found[i].tolist() == expected.tolist()
     with pytest.raises(ValueError, match="tokens: expected at most"):
-        passages(model, "text", 10_000, 4)
+        spread_passages(model, "text", 10_000, 4)

@@ -34,11 +34,12 @@ def random_case(dim, seed):
 
 
 @pytest.mark.parametrize("dim", [1, 3])
-def test_moment_sweep_is_plain_softmax(dim):
+def test_the_sweep_is_plain_softmax(dim):
     law, A, V = random_case(dim, seed=dim)
     m, C = (part.numpy() for part in limits.gaussian_limit(law, A, V))
-    table = sweeps.moment_sweep(law, A, V, LENGTHS, 3, seed=5)
-    assert list(table.columns) == ["replicate", "n", "mean_error", "cov_error"] and len(table) == 3 * len(LENGTHS)
+    table = sweeps.MomentSweep(law, A, LENGTHS, V, tabulate=False).table(3, seed=5)
+    assert list(table.columns) == ["scale", "replicate", "n", "mean_error", "cov_error"]
+    assert len(table) == 3 * len(LENGTHS)
     for row in table.itertuples():
         tokens = law.sample(LENGTHS[-1], runtime.stream(5, row.replicate))[: row.n]
         expected = softmax_errors(tokens, A, V, m, C)
@@ -46,13 +47,15 @@ def test_moment_sweep_is_plain_softmax(dim):
 
 
 @pytest.mark.parametrize("dim", [1, 3])
-def test_horizon_sweep_is_moment_sweep_at_each_scale(dim):
+def test_heads_together_are_each_of_them_alone(dim):
     law, A, V = random_case(dim, seed=10 + dim)
     scales = [0.01, 1.0, 6.0]
-    together = sweeps.horizon_sweep(law, A, V, scales, [100, 400, 1500], [0, 3], seed=1)
+    lengths = [100, 400, 1500]
+    together = sweeps.MomentSweep(law, A, lengths, V, scales).table([0, 3], seed=1)
     for scale, rows in together.groupby("scale"):
-        alone = sweeps.moment_sweep(law, scale * torch.as_tensor(A), V, [100, 400, 1500], [0, 3], seed=1)
-        pd.testing.assert_frame_equal(rows.drop(columns="scale").reset_index(drop=True), alone, rtol=1e-6, atol=1e-9)
+        head = sweeps.MomentSweep(law, scale * torch.as_tensor(A), lengths, V, tabulate=False)
+        alone = head.table([0, 3], seed=1).assign(scale=scale)
+        pd.testing.assert_frame_equal(rows.reset_index(drop=True), alone, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["heavy", "gap", "equal", "zero", "few"])
@@ -67,7 +70,7 @@ def test_table_of_a_scalar_map_serves_awkward_tokens(kind):
     slopes = [-0.7, 0.0, 1.3]
     lengths = sorted({1, 2, len(tokens)})
     width = (tokens.max() - tokens.min()).item()
-    found = scalar._scalar_moments(tokens, slopes, [[-2.0]], lengths)
+    found = scalar.scalar_moments(tokens, slopes, [[-2.0]], lengths)
     for slope, moments in zip(slopes, found):
         for i, n in enumerate(lengths):
             x = tokens[:n]
@@ -79,8 +82,8 @@ def test_table_of_a_scalar_map_serves_awkward_tokens(kind):
 
 def test_a_subset_of_replicates_gives_the_same_rows():
     law = laws.Gaussian(1.0)
-    whole = sweeps.horizon_sweep(law, [[1.0]], None, [0.5, 2.0], [50, 300], 4, seed=3)
-    part = sweeps.horizon_sweep(law, [[1.0]], None, [0.5, 2.0], [50, 300], [2], seed=3)
+    heads = sweeps.MomentSweep(law, [[1.0]], [50, 300], scales=[0.5, 2.0])
+    whole, part = heads.table(4, seed=3), heads.table([2], seed=3)
     expected = whole[whole.replicate == 2].reset_index(drop=True)
     pd.testing.assert_frame_equal(part, expected, check_exact=False, rtol=1e-12)
     assert whole[whole.scale == 0.5].mean_error.nunique() == 8
@@ -97,26 +100,33 @@ def test_the_limit_of_gaussian_tokens_is_that_of_many_draws():
 def test_a_law_that_is_not_gaussian_takes_its_limit_from_the_caller():
     law = laws.Rademacher(1)
     limit = (torch.zeros(1), torch.tensor([[np.tanh(0.5) ** 2]]))
-    table = sweeps.moment_sweep(law, [[0.5]], None, [100, 3000], 30, limit=limit)
+    table = sweeps.MomentSweep(law, [[0.5]], [100, 3000], limit=limit, tabulate=False).table(30)
     assert table[table.n == 3000].cov_error.mean() < 0.4 * table[table.n == 100].cov_error.mean()
-    scaled = sweeps.horizon_sweep(
-        law, [[1.0]], None, [0.5], [100, 3000], 30, limit=lambda A: (torch.zeros(1), torch.tanh(A) ** 2)
-    )
+    found = lambda A: (torch.zeros(1), torch.tanh(A) ** 2)  # noqa: E731
+    scaled = sweeps.MomentSweep(law, [[1.0]], [100, 3000], scales=[0.5], limit=found).table(30)
     assert np.allclose(scaled.cov_error, table.cov_error, atol=1e-6)
     with pytest.raises(ValueError, match="limit.*Rademacher"):
-        sweeps.moment_sweep(law, [[0.5]], None, [10], 1)
+        sweeps.MomentSweep(law, [[0.5]], [10])
+    with pytest.raises(ValueError, match="limit: expected a function .* several scales"):
+        sweeps.MomentSweep(law, [[0.5]], [10], scales=[1.0, 2.0], limit=limit)
+
+
+def test_packed_matrices_keep_their_inner_products():
+    a, b = (m + m.mT for m in torch.randn(2, 3, 4, 4, generator=runtime.stream(6), dtype=torch.float64))
+    found = (sweeps.packed(a) * sweeps.packed(b)).sum(-1)
+    assert sweeps.packed(a).shape == (3, 10) and torch.allclose(found, (a * b).sum((-2, -1)), rtol=1e-6)
 
 
 def test_precision_is_a_choice():
     law = laws.Gaussian(eye(4))
-    double = sweeps.moment_sweep(law, eye(4), None, [30, 200], 2)
-    single = sweeps.moment_sweep(law, eye(4), None, [30, 200], 2, dtype=torch.float32)
+    double = sweeps.MomentSweep(law, eye(4), [30, 200]).table(2)
+    single = sweeps.MomentSweep(law, eye(4), [30, 200], dtype=torch.float32).table(2)
     assert not double.equals(single)
     assert np.allclose(double.mean_error, single.mean_error, atol=1e-5)
 
 
 def test_small_horizons_have_slope_one_half():
-    table = sweeps.horizon_sweep(laws.Gaussian(1.0), [[1.0]], None, [0.1], [100, 500, 2500], 150, seed=9)
+    table = sweeps.MomentSweep(laws.Gaussian(1.0), [[0.1]], [100, 500, 2500]).table(150, seed=9)
     for error in ("mean_error", "cov_error"):
         slope = fits.fit_slope(table, error, level=0.999)  # one draw: nineteen in twenty would not do
         assert slope.low < 0.5 < slope.high and slope.stderr < 0.03
@@ -193,7 +203,9 @@ def test_two_lengths_give_the_same_slope_both_ways():
 def test_bad_input_is_named(change, named):
     good = {"law": laws.Gaussian(1.0), "A": [[1.0]], "V": None, "scales": [1.0], "lengths": [5, 10], "replicates": 1}
     with pytest.raises(ValueError, match=f"^{named}"):
-        sweeps.horizon_sweep(**{**good, **change})
+        given = {**good, **change}
+        replicates = given.pop("replicates")
+        sweeps.MomentSweep(**given).table(replicates)
 
 
 def test_slopes_refuse_what_they_cannot_fit():

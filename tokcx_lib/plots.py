@@ -67,59 +67,15 @@ def error_curves(ax: Axes, table: pd.DataFrame, error: str, by: str, labels: dic
         ends.append((mean.index[-1], mean.iloc[-1], label, colour))
     ax.set(xscale="log", yscale="log", xlabel="tokens $n$")
     ax.xaxis.set_minor_formatter(NullFormatter())
-    _label_ends(ax, ends)
+    label_ends(ax, ends)
 
 
-def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Text at the right ends of curves on a logarithmic axis, pushed up where two would overlap."""
-    height = ax.figure.get_figheight() * 72 * 0.8  # of the axes, in points, roughly
-    low, high = np.log(ax.get_ylim())
-    free = -np.inf
-    for x, y, label, colour in sorted(ends, key=lambda end: end[1]):
-        at = (np.log(y) - low) / (high - low) * height
-        free = max(at, free + 1.25 * mpl.rcParams["font.size"])
-        ax.annotate(label, (x, y), (8, free - at), textcoords="offset points", color=colour, va="center")
-
-
-SCHEME_LOOKS = {
-    "random": (PALETTE[0], "o-"),
-    "window": (PALETTE[1], "s-"),
-    "strided": (PALETTE[4], "^-"),
-    "window + random": (PALETTE[5], "v-"),
-    "window + weighted": (PALETTE[2], "D-"),
-    "top-k": (PALETTE[3], "P-"),
-    "low rank": (FAINT, "x--"),
-    "features": (INK, "*:"),
-}
-
-
-def scheme_curves(ax: Axes, table: pd.DataFrame, schemes=None, together: dict | None = None) -> None:
-    """Mean error of sparse attention against the keys read, one line a scheme, labelled at its right end.
-
-    Parameters
-    ----------
-    table : one row per scheme, budget and replicate, with columns scheme, budget and error. Bars: two standard errors.
-    schemes : which to draw, names of `SCHEME_LOOKS`; all if None.
-    together : scheme -> label, for lines that lie on each other; an empty label is not written.
-    """
-    ends = []
-    for name in schemes or SCHEME_LOOKS:
-        rows = table[table["scheme"] == name].groupby("budget")["error"]
-        mean, (colour, look) = rows.mean(), SCHEME_LOOKS[name]
-        ax.errorbar(mean.index, mean, 2 * rows.sem(), fmt=look, color=colour, linewidth=1.2, markersize=4.5)
-        label = (together or {}).get(name, name)
-        if label:
-            ends.append((mean.index[-1], mean.iloc[-1], label, colour))
-    ax.set(xscale="log", yscale="log")
-    ax.set_xticks(mean.index, [f"{b:g}" for b in mean.index])
-    ax.minorticks_off()
-    _spread_labels(ax, ends)
-
-
-def _spread_labels(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+def label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     """Text at the right ends of curves on a logarithmic axis: up where two would overlap, but not beyond its top."""
-    rows = ax.get_subplotspec().get_gridspec().nrows
-    height, gap = ax.figure.get_figheight() * 72 * 0.8 / rows, 1.3 * mpl.rcParams["font.size"]
+    place = ax.get_subplotspec()  # None for axes that were put somewhere by hand
+    rows = place.get_gridspec().nrows if place else 1
+    height = ax.figure.get_figheight() * 72 * 0.8 / rows  # of the axes, in points, roughly
+    gap = 1.25 * mpl.rcParams["font.size"]
     low, high = np.log(ax.get_ylim())
     ends = sorted(ends, key=lambda end: end[1])
     wanted = [(np.log(y) - low) / (high - low) * height for _, y, _, _ in ends]

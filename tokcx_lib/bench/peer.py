@@ -1,7 +1,7 @@
 """The horizon sweep of chapter 5 against the plain algorithm, on one machine, in one run.
 
 The plain algorithm is what an experimenter writes first: draw tokens for each n, compute the whole softmax for each
-head, keep nothing. ``python -m tokcx_lib.peer`` makes the record `peer_table` with the full grid (some minutes).
+head, keep nothing. ``python -m tokcx_lib.bench.peer`` makes the record `peer_table` with the full grid (some minutes).
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from tqdm import tqdm
 
 from tokcx_lib import records, runtime
 from tokcx_lib.sampling import forms, sweeps
-from tokcx_lib.theory import limits
 from tokcx_lib.theory.laws import Gaussian
-from tokcx_lib.theory.limits import Moments
+from tokcx_lib.theory.limits import Moments, gaussian_limit
 from tokcx_lib.validation import as_count, as_square
 
 ROWS = 2_000  # queries whose weights the plain algorithm holds at once: all of them would not fit into memory
@@ -56,15 +55,14 @@ def compare(
     rows = []
     for repeat in tqdm(range(as_count("repeats", repeats)), desc="repeats", disable=None):
         start = time.perf_counter()
-        sweeps.horizon_errors(law, A, V, scales, lengths, repeat, seed, dtype=torch.float32, device=place)
+        sweeps.MomentSweep(law, A, lengths, V, scales, dtype=torch.float32, device=place).errors(repeat, seed)
         rows.append(("stream", repeat, time.perf_counter() - start))
         start = time.perf_counter()
-        limits = [limits.gaussian_limit(law, scale * A, V) for scale in scales]
+        limits = [gaussian_limit(law, scale * A, V) for scale in scales]
         for number, n in enumerate(lengths):
             tokens = law.sample(n, runtime.stream(seed, repeat, number)).to(place, torch.float32)
             for scale, limit in zip(scales, limits):
-                mean, cov = (part.cpu() for part in plain_moments(tokens, scale * A, V))
-                errors = torch.linalg.vector_norm(mean - limit.mean), torch.linalg.matrix_norm(cov - limit.cov)
+                errors = plain_moments(tokens, scale * A, V).errors(limit)
                 assert torch.isfinite(torch.stack(errors)).all()
         rows.append(("plain", repeat, time.perf_counter() - start))
     return pd.DataFrame(rows, columns=["method", "repeat", "seconds"])
@@ -72,7 +70,7 @@ def compare(
 
 def main(arguments: list[str] | None = None) -> Path:
     """Compare on the grid of the record `gaussian_horizon`, and save the record `peer_table`."""
-    parser = argparse.ArgumentParser(prog="python -m tokcx_lib.peer", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tokcx_lib.bench.peer", description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--most", type=int, help="longest length to use (default: all)")
     parser.add_argument("--device")

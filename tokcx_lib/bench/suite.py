@@ -427,10 +427,10 @@ def _child(kind: str, task: dict, device: torch.device, count: int = 1) -> list[
     with TemporaryDirectory() as folder:
         task = {"kind": kind, "device": str(device), "folder": folder, **task}
         start = ["-m", "torch.distributed.run", f"--nproc-per-node={count}"] if count > 1 else []
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
         if kind == "ranks":
             environment["OMP_NUM_THREADS"] = "1"
-        command = [sys.executable, *start, "-m", "tokcx_lib.bench", json.dumps(task)]
+        command = [sys.executable, *start, "-m", "tokcx_lib.bench.suite", json.dumps(task)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"benchmark process failed:\n{done.stderr}")
@@ -484,11 +484,7 @@ def precision(sizes: dict, device: torch.device) -> tuple[list[dict], list[str]]
 
 
 def _errors(moments: Moments, limit: Moments) -> dict[str, list[float]]:
-    mean, cov = moments.mean.double().cpu() - limit.mean, moments.cov.double().cpu() - limit.cov
-    return {
-        "mean_error": torch.linalg.vector_norm(mean, dim=-1).tolist(),
-        "cov_error": torch.linalg.matrix_norm(cov).tolist(),
-    }
+    return dict(zip(("mean_error", "cov_error"), (part.tolist() for part in moments.errors(limit))))
 
 
 def _tf32(x: Tensor, A: Tensor, V: Tensor, lengths: list[int]) -> Moments:

@@ -65,7 +65,7 @@ CHECKS = {
         ),
         slopes=Numbers(
             [0.19, 0.63],
-            "Use `sweeps.moment_sweep` with both forms scaled to their horizons, and fit `cov_error` against n on "
+            "Use `sweeps.MomentSweep` with both forms scaled to their horizons, and fit `cov_error` against n on "
             "logarithmic axes.",
             misses=[
                 ([0.63, 0.19], "The rank-one head comes first."),

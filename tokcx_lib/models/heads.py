@@ -1,17 +1,15 @@
-"""Attention heads and token streams of Hugging Face models.
+"""Attention heads of Hugging Face models: their bilinear forms, values and geometry.
 
 One head sends a query token x and a key token y to the logit <A x + shift, y> (plus a term that softmax cancels), with
-A = W_K' W_Q / sqrt(d_k) and shift = W_K' b_Q / sqrt(d_k) (chapter 1). The tokens of a layer are what its attention
-reads, special tokens left out: the hidden states that enter it, after the layer's normalisation where that comes first
-(GPT-2, Llama, Mistral, Qwen2).
+A = W_K' W_Q / sqrt(d_k) and shift = W_K' b_Q / sqrt(d_k) (chapter 1). What its tokens are, and where they come from, is
+in `tokens`.
 
 Rotary positions turn queries and keys by angles that grow with their position, so the bilinear form depends on the
 distance between the two: `Head.at`. Causal heads (those of decoders) show a query only the keys up to its own position:
 there n is that position. The law that n tokens are drawn from is, for every head, that of keys pooled over all
 positions and windows; the keys that one causal query sees are its own past, and not such a sample.
 
-Supported: BERT, RoBERTa, DistilBERT, GPT-2, Llama, Mistral and Qwen2 (`architectures`). Models load from safetensors
-only, never with remote code.
+Supported: BERT, RoBERTa, DistilBERT, GPT-2, Llama, Mistral and Qwen2 (`architectures`).
 """
 
 from __future__ import annotations

@@ -196,6 +196,11 @@ class TextModel:
     tokenizer: object
     sha256: str | None
 
+    @property
+    def provenance(self) -> dict[str, str | None]:
+        """What a record or a probe says of the model that its numbers come from: its name and its checksum."""
+        return {"model": self.name, "model_sha256": self.sha256}
+
 
 def require_text_model(model) -> None:
     """Raise ValueError unless the model comes with its tokenizer."""

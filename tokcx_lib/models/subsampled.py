@@ -20,7 +20,7 @@ from torch import Tensor
 from tokcx_lib import runtime
 from tokcx_lib.models import architectures
 from tokcx_lib.models.loading import TextModel
-from tokcx_lib.models.tokens import tokenize
+from tokcx_lib.models.tokens import CONTEXT, tokenize
 from tokcx_lib.validation import as_count, as_flag, as_kind, as_mask, as_tensor, shown
 
 
@@ -46,7 +46,7 @@ class Encoded(NamedTuple):
     embedding: Tensor
 
 
-def contexts(model: TextModel, texts: Sequence, context: int = 256) -> Contexts:
+def contexts(model: TextModel, texts: Sequence, context: int = CONTEXT) -> Contexts:
     """Texts, each as one context between the model's special tokens, padded to the longest.
 
     Parameters

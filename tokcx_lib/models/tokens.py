@@ -1,7 +1,8 @@
 """Tokens of a text: its ids, what enters the attention of a layer, as a stream or together, and their moments.
 
 The tokens of a layer are what its attention reads, special tokens left out: the hidden states that enter it, after the
-layer's normalisation where that comes first (GPT-2, Llama, Mistral, Qwen2).
+layer's normalisation where that comes first (GPT-2, Llama, Mistral, Qwen2). The model reads a text in windows, one by
+one, and a layer is read in passing: the forward pass ends where the last layer asked for begins.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from tqdm import tqdm
 from tokcx_lib.models import architectures
 from tokcx_lib.models.loading import TextModel, require_text_model
 from tokcx_lib.models.tokenization import read_ids
+from tokcx_lib.theory.limits import Moments
 from tokcx_lib.validation import as_count
 
+CONTEXT = 256  # tokens a model reads at once unless another number is asked for, its special tokens included
 MOST_UNKNOWN = 0.1  # of a text's tokens: beyond it the numbers describe the one token that stands for all the rest
 
 
@@ -48,12 +51,42 @@ def require_known(model: TextModel, ids: np.ndarray) -> None:
         raise ValueError(f"text: expected at most {most} of its tokens unknown to {model.name!r}, got {share}")
 
 
+def first_ids(model: TextModel, text: str | Iterable[str], tokens: int | None = None) -> np.ndarray:
+    """Ids (n,) of the first `tokens` tokens of a text, or of all, int64; no more of it is read than that takes.
+
+    Parameters
+    ----------
+    model : whose tokenizer is used; text : a string, or an iterable of the pieces of one.
+
+    Raises
+    ------
+    ValueError
+        If the text is shorter than the tokens asked for, which are one or more, or the tokenizer cannot read it
+        (`tokenization.read_ids`).
+    """
+    tokens = None if tokens is None else as_count("tokens", tokens)
+    parts, count = [np.empty(0, dtype=np.int64)], 0
+    for ids in read_ids(model.tokenizer, text):
+        parts.append(ids)
+        count += len(ids)
+        if tokens is not None and count >= tokens:
+            break
+    require_tokens(count, tokens or 0)
+    return np.concatenate(parts)[:tokens]
+
+
+def require_tokens(found: int, tokens: int) -> None:
+    """Raise ValueError if a text has fewer tokens than are asked for."""
+    if found < tokens:
+        raise ValueError(f"text: expected at least {tokens} tokens, got {found}")
+
+
 class _Reached(Exception):
     """Raised in the forward pass once the last layer asked for has been read: what follows is not needed."""
 
 
 def layer_streams(
-    model: TextModel, text, layers: Sequence[int], context: int = 256, batch: int = 16, special: bool = False
+    model: TextModel, text, layers: Sequence[int], context: int = CONTEXT, batch: int = 16, special: bool = False
 ) -> Iterator[list[Tensor]]:
     """Tokens that enter the attention of several layers, in one forward pass, batch by batch.
 
@@ -98,7 +131,7 @@ def layer_streams(
     return _run_layers(base, modules, _windows(ids, context - least + 1, batch), list(layers), ends, special)
 
 
-def token_stream(model: TextModel, text, layer: int, context: int = 256, batch: int = 16) -> Iterator[Tensor]:
+def token_stream(model: TextModel, text, layer: int, context: int = CONTEXT, batch: int = 16) -> Iterator[Tensor]:
     """Tokens (b, d) that enter the attention of one layer, batch by batch; see `layer_streams`."""
     return (tokens for (tokens,) in layer_streams(model, text, [layer], context, batch))
 
@@ -112,7 +145,8 @@ def _windows(ids: Tensor, width: int, batch: int) -> list[Tensor]:
     return windows
 
 
-def _run_layers(model, modules, windows, layers, ends, special):
+def _run_layers(model, modules, windows, layers, ends, special) -> Iterator[list[Tensor]]:
+    """What enters the layers, window by window; `ends` are the special tokens before and after each."""
     before, after = (torch.tensor(end, dtype=torch.int64)[None] for end in ends)
     # A decoder would keep the keys and values of every layer for a continuation that never comes.
     options = {"use_cache": False} if architectures.is_causal(model.config) else {}
@@ -143,36 +177,6 @@ def _run_layers(model, modules, windows, layers, ends, special):
         yield [read[i][:, inside].reshape(-1, read[i].shape[-1]).clone() for i in layers]
 
 
-def first_ids(model: TextModel, text: str | Iterable[str], tokens: int | None = None) -> np.ndarray:
-    """Ids (n,) of the first `tokens` tokens of a text, or of all, int64; no more of it is read than that takes.
-
-    Parameters
-    ----------
-    model : whose tokenizer is used; text : a string, or an iterable of the pieces of one.
-
-    Raises
-    ------
-    ValueError
-        If the text is shorter than the tokens asked for, which are one or more, or the tokenizer cannot read it
-        (`tokenization.read_ids`).
-    """
-    tokens = None if tokens is None else as_count("tokens", tokens)
-    parts, count = [np.empty(0, dtype=np.int64)], 0
-    for ids in read_ids(model.tokenizer, text):
-        parts.append(ids)
-        count += len(ids)
-        if tokens is not None and count >= tokens:
-            break
-    require_tokens(count, tokens or 0)
-    return np.concatenate(parts)[:tokens]
-
-
-def require_tokens(found: int, tokens: int) -> None:
-    """Raise ValueError if a text has fewer tokens than are asked for."""
-    if found < tokens:
-        raise ValueError(f"text: expected at least {tokens} tokens, got {found}")
-
-
 def collect_tokens(model: TextModel, text, layers: Sequence[int], tokens: int | None = None) -> list[Tensor]:
     """The first `tokens` tokens (n, d) that enter each of several layers, float32; all of the text's if None.
 
@@ -197,11 +201,11 @@ def collect_tokens(model: TextModel, text, layers: Sequence[int], tokens: int | 
     return [torch.cat(part)[:tokens] for part in parts]
 
 
-def token_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+def token_moments(x: Tensor) -> Moments:
     """Mean (d,) and centred covariance (d, d), divisor n, of tokens (n, d), in float64."""
     mean = x.mean(0, dtype=torch.float64)
     cov = sum((part := block.double() - mean).mT @ part for block in x.split(65_536)) / len(x)
-    return mean, (cov + cov.mT) / 2
+    return Moments(mean, (cov + cov.mT) / 2)
 
 
 class RunningMoments:

@@ -1,4 +1,8 @@
-"""Random windows of a text, such as the English Wikipedia, which several experiments draw from."""
+"""Token ids drawn from a text for experiments: random windows of it, or passages spread evenly over it.
+
+Windows stand for independent pieces of a text: each fills the context of the model once, and two experiments that take
+different stretches of one random order share none. Passages keep the order of the text, for what depends on it.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,10 @@ from torch import Tensor
 from tokcx_lib import runtime
 from tokcx_lib.models.corpora import open_corpus
 from tokcx_lib.models.loading import TextModel
-from tokcx_lib.models.tokens import tokenize
+from tokcx_lib.models.tokens import CONTEXT, tokenize
 from tokcx_lib.validation import as_count
 
-CONTEXT = 256  # tokens the model reads at once, two of them special
-WINDOW = CONTEXT - 2  # tokens of text in one window
+WINDOW = CONTEXT - 2  # tokens of text in one window: two of a context are special
 WIKIPEDIA = "wikipedia-en"
 LINES = 20_000  # lines tokenised at once, which bounds the memory of the tokeniser
 
@@ -61,7 +64,15 @@ def wikipedia_windows(model: TextModel, tokens: int, seed: int, skip: int = 0) -
     return random_windows(model, WIKIPEDIA, tokens, seed, skip)
 
 
-def passages(model: TextModel, corpus: str, tokens: int, count: int) -> tuple[Tensor, dict[str, str]]:
+@lru_cache(maxsize=1)
+def _ids(model: TextModel, name: str) -> tuple[Tensor, dict[str, str]]:
+    corpus = open_corpus(name)
+    lines = corpus.text.splitlines(keepends=True)
+    parts = [tokenize(model, "".join(lines[i : i + LINES])).astype(np.int32) for i in range(0, len(lines), LINES)]
+    return torch.as_tensor(np.concatenate(parts)), {corpus.name: corpus.sha256}
+
+
+def spread_passages(model: TextModel, corpus: str, tokens: int, count: int) -> tuple[Tensor, dict[str, str]]:
     """Token ids of `count` passages of a text in its own order, spread evenly over its lines: int64, (count, tokens).
 
     Only the passages are tokenised. No two share a line.
@@ -88,11 +99,3 @@ def _passage(model: TextModel, lines: list[str], tokens: int) -> Tensor:
         if size >= tokens:
             return torch.as_tensor(np.concatenate(parts)[:tokens])
     raise ValueError(f"tokens: expected at most {size}, what {len(lines)} lines of this text have, got {tokens}")
-
-
-@lru_cache(maxsize=1)
-def _ids(model: TextModel, name: str) -> tuple[Tensor, dict[str, str]]:
-    corpus = open_corpus(name)
-    lines = corpus.text.splitlines(keepends=True)
-    parts = [tokenize(model, "".join(lines[i : i + LINES])).astype(np.int32) for i in range(0, len(lines), LINES)]
-    return torch.as_tensor(np.concatenate(parts)), {corpus.name: corpus.sha256}

@@ -32,12 +32,11 @@ from tokcx_lib import records, runtime
 from tokcx_lib.models import architectures
 from tokcx_lib.models.heads import Head, head_geometry, heads
 from tokcx_lib.models.loading import TextModel, require_text_model
-from tokcx_lib.models.tokens import RunningMoments, first_ids, layer_streams, require_known, require_tokens
+from tokcx_lib.models.tokens import CONTEXT, RunningMoments, first_ids, layer_streams, require_known, require_tokens
 from tokcx_lib.sampling.streaming import partial_attention
 from tokcx_lib.theory import budgets, geometry, rates
 from tokcx_lib.validation import as_count
 
-CONTEXT = 256  # tokens the model sees at once, its special tokens included, if it can see as many
 MOST_SEED = 2**63 - 2  # the next one has a stream of its own
 CHECKPOINT_SECONDS = 20.0  # of work between two checkpoints, or more where writing one takes long
 DISTANCES = (64, 1024)  # between query and key, at which heads with rotary positions are described as well
@@ -329,8 +328,7 @@ def plan(
     """All that the numbers of a probe depend on; `ids` are those of its `tokens` tokens."""
     device = next(model.model.parameters()).device
     return {
-        "model": model.name,
-        "model_sha256": model.sha256,
+        **model.provenance,
         "tokens_sha256": hashlib.sha256(np.asarray(ids).astype(np.int64).tobytes()).hexdigest(),
         "tokens": tokens,
         "layers": _existing(layers, heads(model)),

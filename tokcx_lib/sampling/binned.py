@@ -17,7 +17,7 @@ from scipy.special import log_ndtr, ndtr, ndtri, ndtri_exp
 from torch import Tensor
 
 from tokcx_lib import runtime
-from tokcx_lib.sampling.scalar import hermite_cubic
+from tokcx_lib.sampling.scalar import between
 from tokcx_lib.theory import rates
 from tokcx_lib.theory.limits import Moments
 from tokcx_lib.validation import as_count, as_kind, as_list, as_number, as_positive, as_tensor, finite_answer, naming
@@ -150,11 +150,8 @@ def self_attention(draws: Sequence[BinnedTokens], slopes: Sequence[float], mesh:
     found = []
     for a in slopes:
         place = (a * points + largest) / step
-        left = place.long().clamp(0, len(tilts) - 2)
-        inner = _between(first, rise * step, left[:, None].expand(-1, len(draws)), (place - left)[:, None])
-        place = (a * outer + largest) / step
-        left = place.long().clamp(0, len(tilts) - 2)
-        rest = _between(first, rise * step, left, place - left)
+        inner = between(first, rise * step, place[:, None].expand(-1, len(draws)))
+        rest = between(first, rise * step, (a * outer + largest) / step)
         mean = ((counts * inner).sum(0) + (there * rest).sum(0)) / total
         square = (counts * (inner - mean) ** 2).sum(0) + (there * (rest - mean) ** 2).sum(0)
         found.append(Moments(mean, square / total))
@@ -179,12 +176,6 @@ def _table(tilts, points, counts, outer, there) -> tuple[Tensor, Tensor]:
         sums.append(inner + torch.stack([(weights * outer**k).sum(1) for k in range(3)], 1))
     mass, one, two = torch.cat(sums).unbind(1)
     return one / mass, two / mass - (one / mass) ** 2
-
-
-def _between(first: Tensor, rise: Tensor, left: Tensor, part: Tensor) -> Tensor:
-    """Values of the table (rows, draws) at rows left + part (m, draws), by cubics."""
-    start, end = (first.gather(0, rows) for rows in (left, left + 1))
-    return hermite_cubic(part, start, end, rise.gather(0, left), rise.gather(0, left + 1))
 
 
 def weighted_attention(tilts: Tensor, points: Tensor, counts: Tensor, mesh: float = MESH) -> Tensor:
@@ -216,10 +207,7 @@ def weighted_attention(tilts: Tensor, points: Tensor, counts: Tensor, mesh: floa
     if exact:
         return first
     step = grid[1] - grid[0]
-    place = (tilts - low) / step
-    left = place.long().clamp(0, rows - 2)
-    rise = (sums[:, 1] - first**2) * step
-    return _between(first[:, None], rise[:, None], left[:, None], (place - left)[:, None])[:, 0]
+    return between(first, (sums[:, 1] - first**2) * step, (tilts - low) / step)
 
 
 def influence_means(tokens: BinnedTokens, slope: float) -> tuple[float, float]:

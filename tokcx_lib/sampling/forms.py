@@ -1,4 +1,7 @@
-"""Bilinear forms to try: a random head, and forms of given singular values."""
+"""Heads to try on synthetic tokens: a random one, and bilinear forms of given singular values.
+
+Experiments name them by dimension and seed, and so all of them, and the chapters, run the same heads.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,9 @@ row per replicate, n and setting, as `fits.fit_slope` wants them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -27,6 +29,7 @@ from tokcx_lib.validation import (
     as_array,
     as_count,
     as_dtype,
+    as_flag,
     as_law,
     as_lengths,
     as_list,
@@ -81,99 +84,140 @@ def pointwise_sweep(
     return table.assign(**{f"e{i}": column.numpy() for i, column in enumerate(gap.T)})
 
 
-def moment_sweep(
-    law: Law,
-    A,
-    V,
-    lengths: Sequence[int],
-    replicates: int | Iterable[int],
-    seed: int = 0,
-    limit: Moments | None = None,
-    dtype: torch.dtype = torch.float64,
-    device=None,
-) -> pd.DataFrame:
-    """Errors of the moments of self-attention over the first n of i.i.d. tokens, for every n in `lengths`.
+@dataclass(frozen=True, eq=False)
+class MomentSweep:
+    """Moments of self-attention over the first n of i.i.d. tokens against their limit, for heads that differ in scale.
 
-    Parameters
-    ----------
-    law : of tokens in R^d; A : (d, d), logit <A x, y>; V : (d_v, d) or None for the identity.
-    lengths : increasing integers.
-    replicates : how many, or the numbers of those to run.
-    limit : mean (d_v,) and covariance (d_v, d_v) of V grad K(AX); computed if the law is Gaussian.
-    dtype : precision of attention; the work grows like replicates x n^2.
-
-    Returns
-    -------
-    DataFrame
-        replicate, n, mean_error = ||m_n - m||_2 and cov_error = ||C_n - C||_F (covariances have divisor n).
-
-    Raises
-    ------
-    ValueError
-        If shapes do not match, lengths do not increase, a replicate is not an integer >= 0, or the limit is missing.
-    """
-    find = None if limit is None else lambda form: limit
-    table = _sweep(_Heads(law, A, V, [1.0], lengths, find, tabulate=False), replicates, seed, dtype, device)
-    return table.drop(columns="scale")
-
-
-def horizon_sweep(
-    law: Law,
-    A,
-    V,
-    scales: Sequence[float],
-    lengths: Sequence[int],
-    replicates: int | Iterable[int],
-    seed: int = 0,
-    limit: Callable[[Tensor], Moments] | None = None,
-    dtype: torch.dtype = torch.float64,
-    device=None,
-) -> pd.DataFrame:
-    """`moment_sweep` for A multiplied by each of `scales`: the same tokens seen by heads of growing horizon.
-
-    In one dimension the tilts of all queries at all scales lie on one line, and so one table of the map over that
-    line serves them all: the work grows like n times the largest horizon, not like n^2. Between the points of the
+    A head multiplies A by its scale, and so its horizon; in a replicate all heads and all n see the same tokens. In one
+    dimension the tilts of all queries at all scales lie on one line, and one table of the map over that line serves
+    them all: the work of a replicate grows like n times the largest horizon, not like n^2. Between the points of the
     table the map is a cubic with the right values and slopes; it is off by less than 1e-6 of the range of the tokens.
 
     Parameters
     ----------
+    law : of tokens in R^d; A : (d, d), logit <A x, y>; lengths : increasing integers.
+    V : (d_v, d) or None for the identity.
     scales : positive numbers, different from each other.
-    limit : for a law that is not Gaussian, a function that returns the limit for a bilinear form.
+    limit : mean (d_v,) and covariance (d_v, d_v) of V grad K(AX), where there is one scale; or a function that returns
+        them for a bilinear form. Computed if the law is Gaussian.
+    tabulate : False for attention without the table also in one dimension.
+    dtype : precision of attention, whose work grows like n^2; device : where it runs, default `runtime.device()`.
 
-    Others, and errors, as for `moment_sweep`.
-
-    Returns
-    -------
-    DataFrame
-        As `moment_sweep`, with a first column, scale.
+    Raises
+    ------
+    ValueError
+        If shapes do not match, lengths do not increase, or the limit is missing.
     """
-    return _sweep(_Heads(law, A, V, scales, lengths, limit), replicates, seed, dtype, device)
+
+    law: Law
+    A: Tensor
+    lengths: Sequence[int]
+    V: Tensor | None = None
+    scales: Sequence[float] = (1.0,)
+    limit: Moments | Callable[[Tensor], Moments] | None = None
+    tabulate: bool = True
+    dtype: torch.dtype = torch.float64
+    device: torch.device | str | None = None
+
+    def __post_init__(self):
+        law = as_law("law", self.law, "sample")
+        scales = [as_positive("scales", scale) for scale in as_list("scales", self.scales, "positive numbers")]
+        if len(set(scales)) < len(scales):
+            raise ValueError(f"scales: expected positive numbers, each given once, got {scales}")
+        checked = {
+            "A": as_square("A", self.A, law.dim),
+            "lengths": as_lengths("lengths", self.lengths, most=rows_that_fit(law.dim)),
+            "V": None if self.V is None else as_matrix("V", self.V, columns=law.dim),
+            "scales": scales,
+            "tabulate": as_flag("tabulate", self.tabulate),
+            "dtype": as_dtype("dtype", self.dtype),
+            "device": runtime.device(self.device),
+        }
+        vars(self).update(checked)  # nobody else may: the class is frozen
+        vars(self).update(_limits=[self._limit(scale * self.A) for scale in scales])
+
+    def table(self, replicates: int | Iterable[int], seed: int = 0) -> pd.DataFrame:
+        """Errors of some replicates.
+
+        Parameters
+        ----------
+        replicates : how many, or the numbers of those to run.
+
+        Returns
+        -------
+        DataFrame
+            scale, replicate, n, mean_error = ||m_n - m||_2 and cov_error = ||C_n - C||_F (covariances have divisor n).
+
+        Raises
+        ------
+        ValueError
+            If a replicate is not an integer >= 0.
+        """
+        tables = [self.errors(r, seed)[0] for r in tqdm(as_replicates(replicates), desc="replicates", leave=False)]
+        return pd.concat(tables).sort_values(["scale", "replicate", "n"], ignore_index=True)
+
+    def errors(self, replicate: int, seed: int = 0) -> tuple[pd.DataFrame, Tensor]:
+        """One replicate: its rows of `table`, scale by scale, and its errors of the second moment.
+
+        Returns
+        -------
+        (table, errors)
+            errors : (1/n) sum_i Gamma_n(x_i) Gamma_n(x_i)' minus its limit, (scales, lengths, d_v, d_v), for
+            `leave_one_out`.
+        """
+        replicate = as_count("replicate", replicate, least=0, most=2**62)
+        tokens = self.law.sample(self.lengths[-1], runtime.stream(seed, replicate)).to(self.device, self.dtype)
+        rows, second = [], []
+        for scale, limit, found in zip(self.scales, self._limits, self._moments(tokens)):
+            found = Moments(*(part.cpu() for part in found))
+            errors = (part.tolist() for part in found.errors(limit))
+            rows += [(scale, replicate, *row) for row in zip(self.lengths, *errors)]
+            second.append(found.second_moment - limit.second_moment)
+        return pd.DataFrame(rows, columns=["scale", "replicate", "n", "mean_error", "cov_error"]), torch.stack(second)
+
+    def _limit(self, form: Tensor) -> Moments:
+        """The limit for a bilinear form, as it was given or in closed form: of the right shapes, float64."""
+        if self.limit is None:
+            return gaussian_limit(self.law, form, self.V)
+        found = self.limit(form) if callable(self.limit) else self.limit
+        if found is self.limit and len(self.scales) > 1:
+            raise ValueError(f"limit: expected a function of a bilinear form for several scales, got {shown(found)}")
+        if not isinstance(found, (tuple, list)) or len(found) != 2:
+            raise ValueError(f"limit: expected a mean and a covariance, got {shown(found)}")
+        mean, cov = (as_tensor("limit", part).double() for part in found)
+        d_v = self.law.dim if self.V is None else len(self.V)
+        if mean.shape != (d_v,) or cov.shape != (d_v, d_v):
+            raise ValueError(
+                f"limit: expected shapes {(d_v,)} and {(d_v, d_v)}, got {tuple(mean.shape)} and {tuple(cov.shape)}"
+            )
+        return Moments(mean, cov)
+
+    def _moments(self, tokens: Tensor) -> list[Moments]:
+        """Moments at each scale."""
+        if self.tabulate and self.law.dim == 1:
+            return scalar_moments(tokens, [scale * self.A.item() for scale in self.scales], self.V, self.lengths)
+        stack = torch.stack([scale * self.A for scale in self.scales])
+        mean, cov = self_attention_moments(tokens, stack, self.V, self.lengths)
+        return [Moments(mean[:, i], cov[:, i]) for i in range(len(stack))]
 
 
-def horizon_errors(
-    law: Law,
-    A,
-    V,
-    scales: Sequence[float],
-    lengths: Sequence[int],
-    replicate: int,
-    seed: int = 0,
-    limit: Callable[[Tensor], Moments] | None = None,
-    dtype: torch.dtype = torch.float64,
-    device=None,
-) -> tuple[pd.DataFrame, Tensor]:
-    """One replicate of `horizon_sweep`, and its errors of the second moment.
+def packed(matrices) -> Tensor:
+    """Symmetric matrices (..., d, d) as vectors (..., d (d + 1) / 2) of the same norm, for `leave_one_out`.
 
-    Returns
-    -------
-    (table, errors)
-        The rows of `horizon_sweep` for this replicate, scale by scale, and (1/n) sum_i Gamma_n(x_i) Gamma_n(x_i)' minus
-        its limit, shape (scales, lengths, d_v, d_v), for `leave_one_out`.
+    The entries of the upper triangle, row by row; those off the diagonal, which stand for two, times the root of 2 (in
+    single precision).
+
+    Raises
+    ------
+    ValueError
+        If the matrices are not square.
     """
-    heads = _Heads(law, A, V, scales, lengths, limit)
-    replicate, dtype = as_count("replicate", replicate, least=0, most=2**62), as_dtype("dtype", dtype)
-    rows, second = heads.errors(replicate, seed, dtype, runtime.device(device))
-    return pd.DataFrame(rows, columns=_COLUMNS), second
+    matrices = as_tensor("matrices", matrices)
+    if matrices.ndim < 2 or matrices.shape[-1] != matrices.shape[-2] or 0 in matrices.shape:
+        raise ValueError(f"matrices: expected shape (..., d, d), none zero, got {tuple(matrices.shape)}")
+    row, column = torch.triu_indices(*matrices.shape[-2:])
+    weight = torch.where(row == column, 1.0, math.sqrt(2)).to(matrices)
+    return finite_answer("matrices", matrices[..., row, column] * weight)
 
 
 def leave_one_out(errors) -> np.ndarray:
@@ -196,64 +240,3 @@ def leave_one_out(errors) -> np.ndarray:
         raise ValueError(f"errors: expected two or more replicates, got shape {errors.shape}")
     total = errors.sum(0, dtype=np.float64)
     return np.stack([(error * (total - error)).sum(-1) for error in errors]) / (len(errors) - 1)
-
-
-def _as_limit(limit, dim: int, V) -> Moments:
-    """A limit (mean, cov) of the right shapes, in float64."""
-    d_v = dim if V is None else as_matrix("V", V, columns=dim).shape[0]
-    if not isinstance(limit, (tuple, list)) or len(limit) != 2:
-        raise ValueError(f"limit: expected a mean and a covariance, got {shown(limit)}")
-    mean, cov = (as_tensor("limit", part).double() for part in limit)
-    if mean.shape != (d_v,) or cov.shape != (d_v, d_v):
-        raise ValueError(
-            f"limit: expected shapes {(d_v,)} and {(d_v, d_v)}, got {tuple(mean.shape)} and {tuple(cov.shape)}"
-        )
-    return Moments(mean, cov)
-
-
-_COLUMNS = ["scale", "replicate", "n", "mean_error", "cov_error"]
-
-
-class _Heads:
-    """Heads that differ in scale, on tokens of one law: limits, and the errors of a replicate."""
-
-    def __init__(self, law: Law, A, V, scales, lengths, limit, tabulate: bool = True):
-        self.law, self.V = as_law("law", law, "sample"), V
-        self.tabulate = tabulate and law.dim == 1
-        self.scales = [as_positive("scales", scale) for scale in as_list("scales", scales, "positive numbers")]
-        if len(set(self.scales)) < len(self.scales):
-            raise ValueError(f"scales: expected positive numbers, each given once, got {self.scales}")
-        self.A = as_square("A", A, law.dim)
-        self.lengths = as_lengths("lengths", lengths, most=rows_that_fit(law.dim))
-        if limit is not None and not callable(limit):
-            raise ValueError(f"limit: expected a function of a bilinear form, got {shown(limit)}")
-        find = limit or (lambda form: gaussian_limit(law, form, V))
-        self.limits = [_as_limit(find(scale * self.A), law.dim, V) for scale in self.scales]
-
-    def moments(self, tokens: Tensor) -> list[Moments]:
-        if not self.tabulate:
-            stack = torch.stack([scale * self.A for scale in self.scales])
-            mean, cov = self_attention_moments(tokens, stack, self.V, self.lengths)
-            return [Moments(mean[:, i], cov[:, i]) for i in range(len(stack))]
-        return scalar_moments(tokens, [scale * self.A.item() for scale in self.scales], self.V, self.lengths)
-
-    def errors(self, replicate: int, seed: int, dtype, place) -> tuple[list[tuple], Tensor]:
-        """Rows of the table, and errors of the second moment (scales, lengths, d_v, d_v)."""
-        tokens = self.law.sample(self.lengths[-1], runtime.stream(seed, replicate)).to(place, dtype)
-        rows, second = [], []
-        for scale, limit, found in zip(self.scales, self.limits, self.moments(tokens)):
-            found = Moments(*(part.cpu() for part in found))
-            mean_error = torch.linalg.vector_norm(found.mean - limit.mean, dim=-1)
-            cov_error = torch.linalg.matrix_norm(found.cov - limit.cov)
-            rows += [(scale, replicate, *row) for row in zip(self.lengths, mean_error.tolist(), cov_error.tolist())]
-            second.append(found.second_moment - limit.second_moment)
-        return rows, torch.stack(second)
-
-
-def _sweep(heads: _Heads, replicates, seed, dtype, device) -> pd.DataFrame:
-    """One row a scale, replicate and n."""
-    place, dtype = runtime.device(device), as_dtype("dtype", dtype)
-    rows = []
-    for replicate in tqdm(as_replicates(replicates), desc="replicates", leave=False):
-        rows += heads.errors(replicate, seed, dtype, place)[0]
-    return pd.DataFrame(rows, columns=_COLUMNS).sort_values(["scale", "replicate", "n"], ignore_index=True)

@@ -8,22 +8,20 @@ import numpy as np
 import pandas as pd
 import torch
 
-from tokcx_lib.sampling import forms, sweeps
-from tokcx_lib.sampling.forms import random_head
+from tokcx_lib.sampling import sweeps
+from tokcx_lib.sampling.forms import power_law_form, random_head
 from tokcx_lib.studies.runs import Experiment, Part, Plan
 from tokcx_lib.theory import geometry
 from tokcx_lib.theory.laws import Rademacher, Uniform, UniformBall, UniformSphere
 from tokcx_lib.theory.limits import Limit, bounded_limit
 
-LAWS = {"sphere": UniformSphere, "ball": UniformBall, "cube": Uniform, "signs": Rademacher}
+BODIES = {"sphere": UniformSphere, "ball": UniformBall, "cube": Uniform, "signs": Rademacher}  # bearers of the laws
 
 
-def _errors(law, A, V, limit: Limit, config: dict, replicate: int, device) -> pd.DataFrame:
-    """Rows of one replicate: n, mean_error and cov_error."""
-    table, _ = sweeps.horizon_errors(
-        law, A, V, [1.0], config["lengths"], replicate, config["seed"], lambda _: limit.moments, torch.float32, device
-    )
-    return table.drop(columns="scale")
+def _sweep(law, A, V, limit: Limit, config: dict, device) -> sweeps.MomentSweep:
+    """Attention is in float32."""
+    options = {"limit": limit.moments, "dtype": torch.float32, "device": device}
+    return sweeps.MomentSweep(law, A, config["lengths"], V, **options)
 
 
 def _described(limit: Limit) -> dict:
@@ -47,12 +45,10 @@ def sphere_horizon(config: dict, device) -> Plan:
     law = UniformSphere(config["dim"])
     A, V = random_head(law.dim, config["seed"])
     limits = {scale: bounded_limit(law, scale * A, V, config["points"]) for scale in config["scales"]}
+    cases = {scale: _sweep(law, scale * A, V, limit, config, device) for scale, limit in limits.items()}
 
     def work(replicate: int) -> Part:
-        rows = [
-            _errors(law, scale * A, V, limit, config, replicate, device).assign(scale=scale)
-            for scale, limit in limits.items()
-        ]
+        rows = [sweep.table([replicate], config["seed"]).assign(scale=scale) for scale, sweep in cases.items()]
         return Part(pd.concat(rows, ignore_index=True)[["scale", "replicate", "n", "mean_error", "cov_error"]])
 
     def finish(table: pd.DataFrame, _) -> pd.DataFrame:
@@ -79,20 +75,21 @@ def bounded_laws(config: dict, device) -> Plan:
     A = H times `forms.power_law_form(8)`, V = I. A law of variance v is used as it is, with A / v and V / sqrt(v).
     """
     dim = config["dim"]
-    form = forms.power_law_form(dim)
-    cases = {}
+    form = power_law_form(dim)
+    cases, limits = {}, {}
     for name in config["laws"]:
-        law = LAWS[name](dim)
+        law = BODIES[name](dim)
         variance = law.cov[0, 0]
         values = torch.eye(dim, dtype=form.dtype) / variance.sqrt()
         for horizon in config["horizons"]:
             A = horizon / variance * form
-            cases[name, horizon] = law, A, values, bounded_limit(law, A, values, config["points"])
+            limit = limits[name, horizon] = bounded_limit(law, A, values, config["points"])
+            cases[name, horizon] = _sweep(law, A, values, limit, config, device)
 
     def work(replicate: int) -> Part:
         rows = [
-            _errors(*case, config, replicate, device).assign(law=name, horizon=horizon)
-            for (name, horizon), case in cases.items()
+            sweep.table([replicate], config["seed"]).assign(law=name, horizon=horizon)
+            for (name, horizon), sweep in cases.items()
         ]
         columns = ["law", "horizon", "replicate", "n", "mean_error", "cov_error"]
         # In the order of the record, so that a unit can be compared to its rows there.
@@ -101,7 +98,7 @@ def bounded_laws(config: dict, device) -> Plan:
     def finish(table: pd.DataFrame, _) -> pd.DataFrame:
         return table.sort_values(["law", "horizon", "replicate", "n"], ignore_index=True)
 
-    described = [{"law": name, "horizon": horizon, **_described(case[3])} for (name, horizon), case in cases.items()]
+    described = [{"law": name, "horizon": horizon, **_described(limit)} for (name, horizon), limit in limits.items()]
     return Plan([(r,) for r in range(config["replicates"])], work, {"limits": described}, finish)
 
 
@@ -133,7 +130,7 @@ EXPERIMENTS = {
         ("replicate",),
         full={
             "dim": 8,
-            "laws": list(LAWS),
+            "laws": list(BODIES),
             "horizons": [0.5, 1.0, 2.0, 4.0],
             "lengths": _lengths(300, 10_000, 8),
             "points": 2**17,

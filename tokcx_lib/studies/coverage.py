@@ -39,9 +39,8 @@ def curves(config: dict, sweep: int, device=None) -> dict[str, pd.DataFrame]:
     errors = running_means(lengths, count, runtime.stream(config["seed"], sweep, 1))
     found = {RUNNING: pd.DataFrame({"error": errors.ravel()}, index).reset_index()}
     numbers = range(sweep * count, (sweep + 1) * count)
-    table = sweeps.horizon_sweep(
-        Gaussian(1.0), [[1.0]], None, config["horizons"], lengths, numbers, config["seed"], device=device
-    )
+    heads = sweeps.MomentSweep(Gaussian(1.0), [[1.0]], lengths, scales=config["horizons"], device=device)
+    table = heads.table(numbers, config["seed"])
     table["replicate"] -= sweep * count
     for horizon, part in table.groupby("scale"):
         for error, name in (("mean_error", "mean"), ("cov_error", "variance")):

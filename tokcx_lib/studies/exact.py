@@ -15,7 +15,7 @@ from tokcx_lib.sampling import sweeps
 from tokcx_lib.sampling.forms import random_head
 from tokcx_lib.sampling.streaming import partial_attention
 from tokcx_lib.studies.runs import Experiment, Part, Plan
-from tokcx_lib.theory import geometry, moment_bias
+from tokcx_lib.theory import geometry, moment_bias, rates
 
 
 class MomentErrors(NamedTuple):
@@ -76,13 +76,11 @@ def second_moment_bias(config: dict, device) -> Plan:
     unit = config["variance"] * A / geometry.horizon(A, cov)
     V = V * math.sqrt(config["variance"])
     runs = {int(n): run for n, run in config["runs"].items()}
-    upper = torch.triu_indices(dim, dim)
-    weight = torch.where(upper[0] == upper[1], 1.0, math.sqrt(2))  # a symmetric matrix as a vector of the same norm
     direction = {}
     for n in runs:
         for horizon in horizons:
             bias = moment_bias.second_moment_bias(n, horizon * unit, V)
-            shared = moment_bias.shared_keys_covariance(horizon * unit, V)
+            shared = rates.influence_covariance(horizon * unit, V)
             for name, matrix in (("second", bias), ("cov", bias - shared / n), ("shared", shared)):
                 direction[name, n, horizon] = matrix / torch.linalg.matrix_norm(matrix)
 
@@ -98,7 +96,7 @@ def second_moment_bias(config: dict, device) -> Plan:
             row["plain_along"] = (plain * direction["second", n, horizon]).sum().item()
             for name, matrix in found.items():
                 row[f"{name}_along"] = (matrix * direction[name, n, horizon]).sum().item()
-                packed[name].append((matrix[upper[0], upper[1]] * weight).numpy())
+                packed[name].append(sweeps.packed(matrix).numpy())
             rows.append(row)
         return Part(pd.DataFrame(rows), {name: np.stack(parts) for name, parts in packed.items()})
 

@@ -18,7 +18,7 @@ from tokcx_lib import runtime
 from tokcx_lib.validation import MOST_DIM, as_count, as_number, as_tokens, finite_answer, rows_that_fit
 
 
-def _as_number_of_tokens(n, least: int) -> float:
+def _as_whole_number(n, least: int) -> float:
     number = as_number("n", n, least)
     if number != math.floor(number):
         raise ValueError(f"n: expected an integer >= {least}, got {n}")
@@ -42,7 +42,7 @@ def sample_extremes(n: int, replicates: int, generator=None) -> Tensor:
 
     Source: classical (order statistics of a sample).
     """
-    n, replicates = _as_number_of_tokens(n, least=2), as_count("replicates", replicates, most=rows_that_fit(8))
+    n, replicates = _as_whole_number(n, least=2), as_count("replicates", replicates, most=rows_that_fit(8))
     stream = runtime.generator(generator)
     u = torch.rand(replicates, 2, generator=stream, dtype=torch.float64, device=stream.device).cpu().numpy()
     log_u = np.log1p(-u) / [n, n - 1]  # 1 - u is never 0
@@ -70,7 +70,7 @@ def outer_tokens(n: int, dim: int, count: int, generator=None) -> Tensor:
     """
     dim = as_count("dim", dim, most=MOST_DIM)
     count = as_count("count", count, most=rows_that_fit(2 * dim))
-    n = _as_number_of_tokens(n, least=count)
+    n = _as_whole_number(n, least=count)
     stream = runtime.generator(generator)
     z = torch.randn(count, dim, generator=stream, dtype=torch.float64, device=stream.device)
     u = torch.rand(count, generator=stream, dtype=torch.float64, device=stream.device)

@@ -15,6 +15,11 @@ from tokcx_lib.sampling.streaming import self_attention_moments
 from tokcx_lib.studies.runs import Experiment, Part, Plan
 from tokcx_lib.theory import geometry
 from tokcx_lib.theory.laws import Gaussian
+from tokcx_lib.theory.limits import gaussian_limit
+
+
+def _white(dim: int) -> Gaussian:
+    return Gaussian(torch.eye(dim, dtype=torch.float64))
 
 
 def gaussian_moments(config: dict, device) -> Plan:
@@ -24,21 +29,16 @@ def gaussian_moments(config: dict, device) -> Plan:
     replicates. All horizons of a replicate see the same tokens.
     """
     runs = {int(dim): run for dim, run in config["runs"].items()}
+    heads = {}
+    for dim, run in runs.items():
+        law = _white(dim)
+        form, dtype = (law.cov, torch.float64) if dim == 1 else (power_law_form(dim), torch.float32)
+        heads[dim] = sweeps.MomentSweep(
+            law, form, run["lengths"], scales=config["horizons"], dtype=dtype, device=device
+        )
 
     def work(dim: int, replicate: int) -> Part:
-        law = Gaussian(torch.eye(dim, dtype=torch.float64))
-        form = law.cov if dim == 1 else power_law_form(dim)
-        table = sweeps.horizon_sweep(
-            law,
-            form,
-            None,
-            config["horizons"],
-            runs[dim]["lengths"],
-            [replicate],
-            seed=config["seed"] + dim,
-            dtype=torch.float64 if dim == 1 else torch.float32,
-            device=device,
-        ).rename(columns={"scale": "horizon"})
+        table = heads[dim].table([replicate], config["seed"] + dim).rename(columns={"scale": "horizon"})
         table.insert(0, "dim", dim)
         return Part(table)
 
@@ -58,20 +58,16 @@ def gaussian_horizon(config: dict, device) -> Plan:
     Column `second_dot`: `sweeps.leave_one_out`, whose mean over replicates is the squared norm of the mean error of the
     second moment, without bias.
     """
-    dim, scales, lengths = config["dim"], config["scales"], config["lengths"]
+    dim, scales = config["dim"], config["scales"]
     cov = config["variance"] * torch.eye(dim, dtype=torch.float64)
-    law = Gaussian(cov)
     A, V = random_head(dim, config["seed"])
-    upper = torch.triu_indices(dim, dim)
-    # A symmetric matrix as a vector of the same norm: entries off the diagonal count twice.
-    weight = torch.where(upper[0] == upper[1], 1.0, math.sqrt(2))
+    sweep = sweeps.MomentSweep(
+        Gaussian(cov), A, config["lengths"], V, scales=scales, dtype=torch.float32, device=device
+    )
 
     def work(replicate: int) -> Part:
-        table, second = sweeps.horizon_errors(
-            law, A, V, scales, lengths, replicate, config["seed"], dtype=torch.float32, device=device
-        )
-        packed = (second[..., upper[0], upper[1]] * weight).float().numpy()
-        return Part(table, {"second": packed})
+        table, second = sweep.errors(replicate, config["seed"])
+        return Part(table, {"second": sweeps.packed(second).float().numpy()})
 
     def finish(table: pd.DataFrame, arrays) -> pd.DataFrame:
         dots = sweeps.leave_one_out(np.stack([each["second"] for each in arrays]))  # replicates, scales, lengths
@@ -81,10 +77,6 @@ def gaussian_horizon(config: dict, device) -> Plan:
     load = config["variance"] * torch.linalg.matrix_norm(A).item()  # E s^2 = |cov^1/2 A cov^1/2|_F^2
     heads = [{"scale": s, "horizon": s * horizon, "root_mean_square_load": s * load} for s in scales]
     return Plan([(r,) for r in range(config["replicates"])], work, {"heads": heads}, finish)
-
-
-def _white(dim: int) -> Gaussian:
-    return Gaussian(torch.eye(dim, dtype=torch.float64))
 
 
 SPECTRA = {"rank one": math.inf, "1/k": 1.0, "1/sqrt(k)": 0.5, "flat": 0.0}  # decay of the singular values
@@ -98,20 +90,26 @@ def gaussian_spectra(config: dict, device) -> Plan:
     dim = config["dim"]
     forms = {name: power_law_form(dim, config["seed"], decay) for name, decay in SPECTRA.items()}
 
+    heads = _sweeps(_white(dim), forms, config, device)
+
     def work(replicate: int) -> Part:
-        return Part(_by_head(_white(dim), forms, None, config, replicate, config["seed"], device))
+        return Part(_by_head(heads, replicate, config["seed"]))
 
     loads = {name: torch.linalg.matrix_norm(form).item() for name, form in forms.items()}
     return Plan([(r,) for r in range(config["replicates"])], work, {"root_mean_square_load_per_horizon": loads})
 
 
-def _by_head(law, forms: dict, V, config: dict, replicate: int, seed: int, device) -> pd.DataFrame:
-    """Rows of one replicate for each of several named forms of horizon 1, at all horizons, on the same tokens."""
+def _sweeps(law: Gaussian, forms: dict, config: dict, device) -> dict[str, sweeps.MomentSweep]:
+    """Sweeps over all horizons for named forms of horizon 1, V = I, in float32."""
+    options = {"scales": config["horizons"], "dtype": torch.float32, "device": device}
+    return {name: sweeps.MomentSweep(law, form, config["lengths"], **options) for name, form in forms.items()}
+
+
+def _by_head(heads: dict[str, sweeps.MomentSweep], replicate: int, seed: int) -> pd.DataFrame:
+    """Rows of one replicate for each of several heads, at all horizons, on the same tokens if their law is the same."""
     tables = []
-    for name, form in forms.items():
-        table = sweeps.horizon_sweep(
-            law, form, V, config["horizons"], config["lengths"], [replicate], seed, dtype=torch.float32, device=device
-        ).rename(columns={"scale": "horizon"})
+    for name, sweep in heads.items():
+        table = sweep.table([replicate], seed).rename(columns={"scale": "horizon"})
         table.insert(0, "head", name)
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
@@ -126,14 +124,18 @@ def gaussian_dimensions(config: dict, device) -> Plan:
     times `replicates` each of them gets.
     """
 
-    def work(dim: int, replicate: int) -> Part:
+    factors = {int(dim): factor for dim, factor in config["factors"].items()}
+    heads = {}
+    for dim in factors:
         form = random_head(dim, config["seed"])[0]
         forms = {"random": form / torch.linalg.matrix_norm(form, 2), "1/k": power_law_form(dim, config["seed"])}
-        table = _by_head(_white(dim), forms, None, config, replicate, config["seed"] + dim, device)
+        heads[dim] = _sweeps(_white(dim), forms, config, device)
+
+    def work(dim: int, replicate: int) -> Part:
+        table = _by_head(heads[dim], replicate, config["seed"] + dim)
         table.insert(0, "dim", dim)
         return Part(table)
 
-    factors = {int(dim): factor for dim, factor in config["factors"].items()}
     units = [(dim, r) for dim, factor in factors.items() for r in range(factor * config["replicates"])]
     described = ", ".join(f"{factor * config['replicates']} (d = {dim})" for dim, factor in factors.items())
     return Plan(units, work, {"replicates": described})
@@ -166,12 +168,10 @@ def gaussian_reach(config: dict, device) -> Plan:
     The cases of `reach_cases`, V = I, each on tokens of its own.
     """
     cases = reach_cases(config["dim"], config["condition"], config["reach"], config["seed"])
+    heads = [_sweeps(Gaussian(cov), {name: form}, config, device) for name, (cov, form) in cases.items()]
 
     def work(replicate: int) -> Part:
-        tables = [
-            _by_head(Gaussian(cov), {name: form}, None, config, replicate, config["seed"] + number, device)
-            for number, (name, (cov, form)) in enumerate(cases.items())
-        ]
+        tables = [_by_head(head, replicate, config["seed"] + number) for number, head in enumerate(heads)]
         return Part(pd.concat(tables, ignore_index=True))
 
     described = {
@@ -203,19 +203,17 @@ def gaussian_values(config: dict, device) -> Plan:
 
     Weights do not depend on values and outputs are linear in them: attention is computed once, for V = I.
     """
-    dim, lengths = config["dim"], config["lengths"]
+    dim, lengths, law = config["dim"], config["lengths"], _white(config["dim"])
     form, values = power_law_form(dim, config["seed"]), value_matrices(dim, config["seed"])
 
     def work(replicate: int) -> Part:
-        tokens = _white(dim).sample(lengths[-1], runtime.stream(config["seed"], replicate)).to(device, torch.float32)
+        tokens = law.sample(lengths[-1], runtime.stream(config["seed"], replicate)).to(device, torch.float32)
         rows = []
         for horizon in config["horizons"]:
             found = self_attention_moments(tokens, horizon * form, None, lengths)
-            mean, cov = found.mean.cpu(), found.cov.cpu() - horizon**2 * form @ form.mT
             for name, V in values.items():
-                mean_error = torch.linalg.vector_norm(mean @ V.mT, dim=-1).tolist()
-                cov_error = torch.linalg.matrix_norm(V @ cov @ V.mT).tolist()
-                rows += [(name, horizon, replicate, *row) for row in zip(lengths, mean_error, cov_error)]
+                errors = found.seen_through(V).errors(gaussian_limit(law, horizon * form, V))
+                rows += [(name, horizon, replicate, *row) for row in zip(lengths, *(part.tolist() for part in errors))]
         return Part(pd.DataFrame(rows, columns=["values", "horizon", "replicate", "n", "mean_error", "cov_error"]))
 
     return Plan([(r,) for r in range(config["replicates"])], work)

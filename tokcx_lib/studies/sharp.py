@@ -77,15 +77,14 @@ def sharp_dimensions(config: dict, device) -> Plan:
     A is H times `forms.power_law_form(dim)`, V = I. All horizons of a replicate see the same tokens.
     """
     runs = {int(dim): number for dim, number in config["runs"].items()}
+    options = {"scales": config["horizons"], "dtype": torch.float32, "device": device}
+    heads = {}
+    for dim in runs:
+        law = Gaussian(torch.eye(dim, dtype=torch.float64))
+        heads[dim] = sweeps.MomentSweep(law, forms.power_law_form(dim), config["lengths"], **options)
 
     def work(dim: int, replicate: int) -> Part:
-        law = Gaussian(torch.eye(dim, dtype=torch.float64))
-        seed = config["seed"] + dim
-        found = sweeps.horizon_sweep(
-            law, forms.power_law_form(dim), None, config["horizons"], config["lengths"], [replicate], seed,
-            dtype=torch.float32, device=device,
-        )  # fmt: skip
-        found = found.rename(columns={"scale": "horizon"})
+        found = heads[dim].table([replicate], config["seed"] + dim).rename(columns={"scale": "horizon"})
         found.insert(0, "dim", dim)
         return Part(found)
 

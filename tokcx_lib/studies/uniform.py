@@ -1,4 +1,8 @@
-"""The largest error of attention over a ball of queries, searched for by projected gradient ascent (chapter 2)."""
+"""The largest error of attention over a ball of queries, searched for by projected gradient ascent (chapter 2).
+
+The theorem of the uniform rate bounds a supremum over all queries of a ball, and no list of queries measures one. A
+search finds a lower bound of it, and the tests say how good that is.
+"""
 
 from __future__ import annotations
 
@@ -142,6 +146,7 @@ def uniform_sweep(
     radii : radii R of the balls |x| <= R.
     lengths : increasing numbers of tokens.
     replicates : how many draws of the tokens, or the numbers of those to run.
+    A : (d, d); V : (d_v, d); None for the identity.
     starts : starting queries of each search.
 
     Returns

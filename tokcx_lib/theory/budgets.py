@@ -1,6 +1,7 @@
 """Token budgets of a query: how many tokens it needs, by leading order and exactly.
 
-`softmax_law` has the exact law of softmax over n tokens; this module inverts it. Derivations: chapter 9.
+`softmax_law` says how large the error is at n tokens, exactly; this module asks at which n it is as small as wanted.
+The leading order needs no such law, and says which phase a query is in. Derivations: chapter 9.
 """
 
 from __future__ import annotations

@@ -1,19 +1,14 @@
-"""Exact laws at a finite number of tokens: how many a query needs, and the mean of hardmax attention.
+"""The mean of hardmax attention over n Gaussian tokens, exactly, at any n.
 
-The exact law of softmax over n tokens is in `softmax_law`, that of the moments of self-attention in `moment_bias`; both
-are at hand here (`softmax_moments`, `second_moment_bias`). This module inverts the first: **token budgets** of a query,
-by leading order (`token_budget`) and exactly (`sample_complexity`). Derivations: chapter 9.
-
-The rest is hardmax. With scalar tokens and a horizon that grows without bound, a query picks the largest token if it is
-positive and the smallest if it is negative (`attention.hardmax_map`). The mean of what n tokens N(0, sigma^2) report is
-then
+With scalar tokens and a horizon that grows without bound, a query picks the largest token if it is positive and the
+smallest if it is negative (`attention.hardmax_map`). The mean of what n tokens N(0, sigma^2) report is then
 
 * for **fresh queries**, half of the law on each side: the midrange M = (max + min) / 2;
 * for **self-attention**, where the queries are the tokens, n_+ of them positive: (n_+ max + n_- min) / n.
 
 Both tend to zero like sigma ln 4 / (2 sqrt(2 ln n)) (`rates.hardmax_mean`). Here are their laws at any n, and, for
-fresh queries, the mean square in any dimension. F, f and
-Q = 1 - F are the distribution function, density and tail of N(0, 1). Derivations: chapter 4.
+fresh queries, the mean square in any dimension. F, f and Q = 1 - F are the distribution function, density and tail of
+N(0, 1). Derivations: chapter 4.
 """
 
 from __future__ import annotations
@@ -25,18 +20,11 @@ import numpy as np
 from scipy.integrate import quad
 from scipy.special import gammaln, log_ndtr, ndtr, ndtri_exp
 
-from tokcx_lib.theory.moment_bias import second_moment_bias  # noqa: F401
-from tokcx_lib.theory.softmax_law import MOST_TILT, MOST_TOKENS, map_error, softmax_moments  # noqa: F401
-from tokcx_lib.validation import MOST_DIM, as_array, as_broadcast, as_count, as_number, as_positive  # noqa: F401
+from tokcx_lib.validation import MOST_DIM, as_array, as_count, as_number, as_positive
 
-_PANEL = (
-    0.025  # distribution functions of extremes rise over about 1/sqrt(2 ln n): panels that follow this to n = 10^300
-)
+# Distribution functions of extremes rise over about 1/sqrt(2 ln n): panels that follow this to n = 10^300.
+_PANEL = 0.025
 _SUM_ALL = 2_000  # up to this n, self-attention sums over every number of positive tokens
-
-
-def _as_number_of_tokens(n) -> float:
-    return as_number("n", n, least=1)
 
 
 def _level(log_p: float) -> float:
@@ -70,7 +58,7 @@ def expected_abs_midrange(n: float, sigma: float = 1.0) -> float:
 
     Source: the identity |max + min| / 2 = max|y| - (max - min) / 2, chapter 4.
     """
-    n, sigma = _as_number_of_tokens(n), as_positive("sigma", sigma)
+    n, sigma = as_number("n", n, least=1), as_positive("sigma", sigma)
 
     r, dr = _grid(-40.0 if n < 1e4 else 0.0, n)
     # (F - Q)^n = F^n (1 - Q/F)^n for r > 0, so that the difference loses no digits where both are close to 1.
@@ -97,7 +85,7 @@ def midrange_cdf(n: float, m, sigma: float = 1.0) -> np.ndarray:
 
     Source: classical; the minimum is at x, and all other tokens lie between x and 2m - x.
     """
-    n, sigma = _as_number_of_tokens(n), as_positive("sigma", sigma)
+    n, sigma = as_number("n", n, least=1), as_positive("sigma", sigma)
     m = as_array("m", m, finite=False) / sigma
     lower = np.array([_midrange_tail(n, value) for value in np.abs(m).reshape(-1)]).reshape(m.shape)
     return np.where(m > 0, 1 - lower, lower)
@@ -168,7 +156,7 @@ def expected_square_hardmax(n: float, dim: int) -> float:
 
     Source: chapter 4.
     """
-    n, dim = _as_number_of_tokens(n), as_count("dim", dim, most=MOST_DIM)
+    n, dim = as_number("n", n, least=1), as_count("dim", dim, most=MOST_DIM)
     theta, weight, same = _same_token(n)
     log_constant = gammaln(dim / 2 + 1) - gammaln((dim + 1) / 2) - math.log(math.pi) / 2
     return dim * float((weight * np.exp(dim * np.log(np.sin(theta)) + log_constant)) @ same)

@@ -1,8 +1,9 @@
-"""Moments of the transformed tokens at infinitely many tokens, for laws of bounded support.
+"""Moments of the transformed tokens at infinitely many tokens, for Gaussian laws and for laws of bounded support.
 
-The map V grad K(Ax) of these laws is in closed form (`laws`); its covariance over the query X is an integral that is
-not. Scrambled Sobol points integrate it, a few times over with independent scramblings, and the spread of the repeats
-is the error. All laws here are symmetric, so the mean is zero.
+Gaussian tokens have both moments in closed form. For laws of bounded support the map V grad K(Ax) is in closed form
+(`laws`); its covariance over the query X is an integral that is not. Scrambled Sobol points integrate it, a few times
+over with independent scramblings, and the spread of the repeats is the error. These laws are symmetric, so the mean is
+zero.
 """
 
 from __future__ import annotations
@@ -16,21 +17,44 @@ from scipy.stats import qmc
 from torch import Tensor
 
 from tokcx_lib.theory.laws import Gaussian, Law, Rademacher, Uniform, UniformBall, UniformSphere
-from tokcx_lib.validation import as_count, as_kind, as_matrix, as_square, finite_answer, naming, rows_that_fit, shown
+from tokcx_lib.validation import (
+    as_count,
+    as_kind,
+    as_matrix,
+    as_square,
+    as_vector,
+    finite_answer,
+    naming,
+    rows_that_fit,
+    shown,
+)
 
-LAWS = (UniformSphere, UniformBall, Uniform, Rademacher)
+BOUNDED = (UniformSphere, UniformBall, Uniform, Rademacher)  # the laws that `bounded_limit` takes
 
 
 class Moments(NamedTuple):
-    """`mean` (lengths, ..., d_v) and `cov` (lengths, ..., d_v, d_v) of the transformed tokens, float64."""
+    """`mean` (..., d_v) and `cov` (..., d_v, d_v) of tokens, mostly transformed ones, float64.
+
+    Those of a sample have the divisor n. Further axes come first: one for the lengths, one for each setting.
+    """
 
     mean: Tensor
     cov: Tensor
 
     @property
     def second_moment(self) -> Tensor:
-        """E[oo'] = cov + mean mean', (lengths, ..., d_v, d_v)."""
+        """E[oo'] = cov + mean mean', (..., d_v, d_v)."""
         return self.cov + self.mean[..., :, None] * self.mean[..., None, :]
+
+    def errors(self, limit: Moments) -> tuple[Tensor, Tensor]:
+        """||m_n - m||_2 and ||C_n - C||_F against a limit (m, C), both (...), in its precision and on its device."""
+        mean, cov = self.mean.to(limit.mean) - limit.mean, self.cov.to(limit.cov) - limit.cov
+        return torch.linalg.vector_norm(mean, dim=-1), torch.linalg.matrix_norm(cov)
+
+    def seen_through(self, V: Tensor) -> Moments:
+        """Moments of V o, for outputs o of these moments: mean (..., d_w) and cov (..., d_w, d_w) for V (d_w, d_v)."""
+        V = V.to(self.cov)
+        return Moments(self.mean @ V.mT, V @ self.cov @ V.mT)
 
 
 class Limit(NamedTuple):
@@ -43,24 +67,32 @@ class Limit(NamedTuple):
     error: float
 
 
-def gaussian_limit(law: Gaussian, A, V=None) -> Moments:
-    """Mean (d_v,) and covariance (d_v, d_v) of V grad K(AX) for Gaussian tokens X ~ law, in closed form.
+def gaussian_limit(law: Gaussian, A, V=None, shift=None) -> Moments:
+    """Mean (d_v,) and covariance (d_v, d_v) of V grad K(AX + shift) for Gaussian tokens X ~ law, in closed form.
 
-    The map is V (mean + cov A x), so m = V (mean + cov A mean) and C = V cov A cov A' cov V' (chapter 1).
+    The map is V (mean + cov (A x + shift)), so m = V (mean + cov (A mean + shift)) and C = V cov A cov A' cov V'
+    (chapter 1).
+
+    Parameters
+    ----------
+    A : (d, d); V : (d_v, d) or None for the identity; shift : (d,) or None for zero.
 
     Raises
     ------
     ValueError
-        If the law is not Gaussian, or A or V does not match it.
+        If the law is not Gaussian, or A, V or shift does not match it.
     """
     if not isinstance(law, Gaussian):
         raise ValueError(f"limit, law: only Gaussian tokens have one in closed form here; give it for {shown(law)}")
-    matrix = law.cov.double() @ as_square("A", A, law.dim).double()
-    mean = law.mean.double() + matrix @ law.mean.double()
+    mean, cov = law.mean.double(), law.cov.double()
+    matrix = cov @ as_square("A", A, law.dim).to(cov)
+    mean = mean + matrix @ mean
+    if shift is not None:
+        mean = mean + cov @ as_vector("shift", shift, law.dim).to(cov)
     if V is not None:
-        V = as_matrix("V", V, columns=law.dim).double()
+        V = as_matrix("V", V, columns=law.dim).to(cov)
         matrix, mean = V @ matrix, V @ mean
-    return Moments(mean, finite_answer("A, V", matrix @ law.cov.double() @ matrix.mT))
+    return Moments(mean, finite_answer("A, V", matrix @ cov @ matrix.mT))
 
 
 def bounded_limit(law: Law, A, V=None, points: int = 2**16, repeats: int = 16, seed: int = 0) -> Limit:
@@ -81,7 +113,7 @@ def bounded_limit(law: Law, A, V=None, points: int = 2**16, repeats: int = 16, s
     ValueError
         If the law is another, shapes do not match, or points is not a power of two.
     """
-    as_kind("law", law, *LAWS)
+    as_kind("law", law, *BOUNDED)
     points = as_count("points", points, most=min(2**30, rows_that_fit(8 * (law.dim + 2))))
     repeats, seed = as_count("repeats", repeats, least=2), as_count("seed", seed, least=0, most=2**128)
     if points & (points - 1):

@@ -19,6 +19,7 @@ from scipy.ndimage import map_coordinates
 from scipy.optimize.elementwise import find_root
 from torch import Tensor
 
+from tokcx_lib.theory.rates import influence_covariance
 from tokcx_lib.theory.softmax_law import MOST_TILT, MOST_TOKENS, map_error, self_moments, softmax_moments
 from tokcx_lib.validation import as_array, as_matrix, as_number, as_square, as_tokens, finite_answer
 
@@ -30,10 +31,6 @@ def _as_forms(B, V) -> tuple[Tensor, Tensor]:
     B = as_square("B", B).detach().double()
     V = torch.eye(len(B), dtype=B.dtype) if V is None else as_matrix("V", V, columns=len(B)).detach().double()
     return B, V
-
-
-def _as_number_of_tokens(n, least: float = 1) -> float:
-    return as_number("n", n, least, MOST_TOKENS)
 
 
 def _require_loads(names: str, load) -> None:
@@ -66,7 +63,7 @@ def second_moment_bias(n: float, B, V=None) -> Tensor:
 
     Source: chapter 9.
     """
-    n, (B, V) = _as_number_of_tokens(n), _as_forms(B, V)
+    n, (B, V) = as_number("n", n, 1, MOST_TOKENS), _as_forms(B, V)
     left, singular, _ = torch.linalg.svd(B)
     beta = singular.numpy()
     if beta[0] < 1e-12:  # a head that looks nowhere averages n tokens evenly
@@ -109,7 +106,7 @@ def load_law(beta, n: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Source: chapter 9 (saddle-point inversion: classical).
     """
-    beta, n = as_array("beta", beta), _as_number_of_tokens(n)
+    beta, n = as_array("beta", beta), as_number("n", n, 1, MOST_TOKENS)
     if beta.ndim != 1 or not (np.isfinite(beta) & (beta >= 0)).all() or not beta.max() > 0:
         raise ValueError(f"beta: expected singular values, one of them positive, got {beta}")
     rate = (beta[beta > 1e-9 * beta.max()] / beta.max()) ** 2  # at most 1, exactly
@@ -175,7 +172,7 @@ def own_token_bias(n: float, B, V=None, queries=None) -> Tensor:
     Source: chapter 9.
     """
     B, V = _as_forms(B, V)
-    x, n = as_tokens("queries", queries, len(B)).detach().double(), _as_number_of_tokens(n, least=2)
+    x, n = as_tokens("queries", queries, len(B)).detach().double(), as_number("n", n, 2, MOST_TOKENS)
     tilt = x @ B.mT
     load = torch.linalg.vector_norm(tilt, dim=1)
     _require_loads("B, queries", load)
@@ -211,44 +208,18 @@ def _self_table(n: float, load: Tensor, own: Tensor, names, less_fresh: bool = F
     }
 
 
-def shared_keys_covariance(B, V=None) -> Tensor:
-    """Limit of n Cov(m_n) for self-attention of Gaussian tokens with coupling below 1: what queries share.
-
-    V (G + B + B' + det(I - G^2)^{-1/2} (I - G^2)^{-1}) V' with G = BB': the covariance of the influence function of one
-    token. The covariance of the transformed tokens has this / n less than their second moment, to first order.
-
-    Parameters
-    ----------
-    B : (d, d) with ||B||_2 < 1; V : (d_v, d) or None: as for `second_moment_bias`.
-
-    Raises
-    ------
-    ValueError
-        If shapes do not match or ||B||_2 >= 1: the influence function then has no variance.
-
-    Source: chapter 9.
-    """
-    B, V = _as_forms(B, V)
-    horizon = torch.linalg.matrix_norm(B, 2).item()
-    if not horizon < 1:
-        raise ValueError(f"B: expected a horizon ||B||_2 below 1, got {horizon:.4g}")
-    eye, G = torch.eye(len(B), dtype=B.dtype), B @ B.mT
-    rest = eye - G @ G
-    return finite_answer("V", V @ (G + B + B.mT + torch.linalg.inv(rest) / torch.linalg.det(rest).sqrt()) @ V.mT)
-
-
 def shared_keys_projection(n: float, B, V=None, tokens=None, queries=None) -> Tensor:
     """What queries share at finite n, as far as single tokens explain it: the covariance of the projection of m_n.
 
     Conditioned on one of its tokens z, the mean of n transformed tokens is xi(z) / n with xi(z) = E[Gamma_n(z)] + (n -
     1) E_x[Gamma_n(x) | z is a key], exactly; the covariance of the sum of these (Hajek's projection) is E[xi xi'] / n,
-    a lower bound for Cov m_n as a matrix, and n times it tends to `shared_keys_covariance`. It is averaged here over
-    given tokens z and queries x. Where the coupling is below 1/3, so that the limit's products have a finite variance,
-    what is averaged is the difference from the limit, which is known exactly.
+    a lower bound for Cov m_n as a matrix, and n times it tends to `rates.influence_covariance`. It is averaged here
+    over given tokens z and queries x. Where the coupling is below 1/3, so that the limit's products have a finite
+    variance, what is averaged is the difference from the limit, which is known exactly.
 
     Parameters
     ----------
-    n, B, V : as for `own_token_bias` and `shared_keys_covariance`.
+    n, B, V : as for `own_token_bias`, with ||B||_2 < 1.
     tokens : (m, d), Gaussian tokens N(0, I_d), for z; queries : (q, d), independent of them, q even, for x.
 
     Returns
@@ -262,8 +233,8 @@ def shared_keys_projection(n: float, B, V=None, tokens=None, queries=None) -> Te
 
     Source: chapter 9 (projection: Hajek 1968).
     """
-    n = _as_number_of_tokens(n, least=2)
-    limit = shared_keys_covariance(B) / n
+    n = as_number("n", n, 2, MOST_TOKENS)
+    limit = influence_covariance(B) / n
     B, V = _as_forms(B, V)
     z = as_tokens("tokens", tokens, len(B)).detach().double()
     x = as_tokens("queries", queries, len(B)).detach().double()

@@ -104,8 +104,8 @@ def moment_constants(B, W=None) -> MomentConstants:
         psi(z) = B z + R(z) (I - Q) z,
         phi(z) = B z z' B' - G + R(z) [(I - Q) z z' Q + Q z z' (I - Q) - 2 Q],
 
-    and the constants are E||W psi||^2 = tr W (G + B + B' + det(I - G^2)^-1/2 (I - G^2)^-1) W' and E||W phi W'||_F^2, by
-    Gaussian fourth moments (chapter 5).
+    and the constants are E||W psi||^2, the trace of `influence_covariance`, and E||W phi W'||_F^2, by Gaussian fourth
+    moments (chapter 5).
 
     Parameters
     ----------
@@ -118,17 +118,13 @@ def moment_constants(B, W=None) -> MomentConstants:
     """
     B = as_square("B", B).double()
     dim = len(B)
-    horizon = torch.linalg.matrix_norm(B, 2).item()
-    if not horizon < 1:
-        raise ValueError(f"B: expected a horizon below 1, beyond which the constants are infinite, got {horizon:g}")
     one = torch.eye(dim, dtype=torch.float64)
     W = one if W is None else as_matrix("W", W, columns=dim).double()
     metric, G = W.mT @ W, B @ B.mT
-    grown = torch.linalg.inv(one - G @ G)
-    mass = torch.linalg.det(grown).sqrt().item()  # E R^2, in units of the tilted law below
-    mean = torch.trace(metric @ (G + B + B.mT + mass * grown)).item()
+    mean = torch.trace(metric @ influence_covariance(B)).item()
 
     Q = G @ torch.linalg.inv(one + G)
+    mass = torch.linalg.det(one - G @ G).rsqrt().item()  # E R^2, in units of the tilted law below
     plain, tilted = [(B, B)], [(one - Q, Q), (Q, one - Q)]
     # R tilts N(0, I) to the covariance (I - Q)^-1 = I + G with mass 1, and R^2 to (I - 2Q)^-1.
     cov = (
@@ -150,6 +146,36 @@ def _quartic(left, shift_left, right, shift_right, cov, metric) -> float:
             turned = f.mT @ metric @ a @ cov @ e.mT @ metric @ c @ cov
             total += torch.trace(x) * torch.trace(y) + torch.trace(x @ y) + torch.trace(turned)
     return total.item()
+
+
+def influence_covariance(B, V=None) -> Tensor:
+    """Covariance of V psi(z), z ~ N(0, I), with psi the `influence` of one token: the limit of n Cov(m_n).
+
+    V (G + B + B' + det(I - G^2)^{-1/2} (I - G^2)^{-1}) V' with G = BB'. It is also what queries share, since they read
+    the same keys: the covariance of the transformed tokens has this / n less than their second moment, to first order.
+
+    Parameters
+    ----------
+    B : (d, d) with ||B||_2 < 1, Sigma^{1/2} A Sigma^{1/2}; V : (d_v, d), V Sigma^{1/2}, None for the identity.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not match or ||B||_2 >= 1: the influence function then has no variance.
+
+    Source: chapters 5 and 9.
+    """
+    B = as_square("B", B).detach().double()
+    horizon = torch.linalg.matrix_norm(B, 2).item()
+    if not horizon < 1:
+        raise ValueError(f"B: expected a horizon below 1, beyond which the covariance is infinite, got {horizon:.4g}")
+    one, G = torch.eye(len(B), dtype=B.dtype), B @ B.mT
+    rest = one - G @ G
+    found = G + B + B.mT + torch.linalg.inv(rest) / torch.linalg.det(rest).sqrt()
+    if V is not None:
+        V = as_matrix("V", V, columns=len(B)).detach().double()
+        found = V @ found @ V.mT
+    return finite_answer("V", found)
 
 
 def influence(z, B) -> Tensor:

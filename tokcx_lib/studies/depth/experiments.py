@@ -13,8 +13,8 @@ from tokcx_lib import runtime
 from tokcx_lib.models import subsampled
 from tokcx_lib.models.heads import heads, output_maps
 from tokcx_lib.models.loading import EMBEDDED, load_model
-from tokcx_lib.models.tokens import collect_tokens
-from tokcx_lib.models.windows import CONTEXT, WINDOW, wikipedia_windows
+from tokcx_lib.models.tokens import CONTEXT, collect_tokens
+from tokcx_lib.models.windows import WINDOW, wikipedia_windows
 from tokcx_lib.sampling import binned
 from tokcx_lib.studies.depth import joint, layerwise, stacks
 from tokcx_lib.studies.runs import Experiment, Part, Plan
@@ -106,7 +106,7 @@ def depth_model(config: dict, device) -> Plan:
         table.insert(1, "replicate", first + table.pop("context"))
         return Part(table)
 
-    meta = {"texts": texts, "model": model.name, "model_sha256": model.sha256, "context": CONTEXT}
+    meta = {"texts": texts, **model.provenance, "context": CONTEXT}
     return Plan([(block,) for block in range(math.ceil(len(windows) / config["block"]))], work, meta)
 
 
@@ -153,7 +153,7 @@ def depth_heads(config: dict, device) -> Plan:
     def summary(arrays) -> dict:
         return {"layers": {str(layer): _rounded(kept) for layer, kept in zip(layers, arrays, strict=True)}}
 
-    meta = {"texts": texts, "model": model.name, "model_sha256": model.sha256, "context": CONTEXT}
+    meta = {"texts": texts, **model.provenance, "context": CONTEXT}
     return Plan([(layer,) for layer in layers], work, meta, summary=summary)
 
 

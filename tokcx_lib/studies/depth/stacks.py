@@ -19,6 +19,7 @@ from torch import Tensor
 from tokcx_lib.sampling import binned, forms
 from tokcx_lib.sampling.streaming import partial_attention
 from tokcx_lib.theory import geometry
+from tokcx_lib.theory.limits import Moments
 from tokcx_lib.validation import (
     MOST_DIM,
     as_count,
@@ -275,12 +276,11 @@ def stack_errors(stack: Stack, tokens: Tensor, lengths: Sequence[int], split_mos
 
 
 def _moment_errors(x: Tensor, cov: Tensor) -> tuple[float, float]:
+    """Errors of the mean and the covariance of tokens (n, d) whose law is N(0, cov), in units of its spread."""
     x = x.double().cpu()
-    mean, found = x.mean(0), torch.cov(x.mT, correction=0)
-    return (
-        (torch.linalg.vector_norm(mean) / cov.trace().sqrt()).item(),
-        (torch.linalg.matrix_norm(found - cov) / torch.linalg.matrix_norm(cov)).item(),
-    )
+    found = Moments(x.mean(0), torch.cov(x.mT, correction=0))
+    mean, spread = found.errors(Moments(cov.new_zeros(len(cov)), cov))
+    return (mean / cov.trace().sqrt()).item(), (spread / torch.linalg.matrix_norm(cov)).item()
 
 
 def scalar_stack(horizons: Sequence[float], value: float = 1.0) -> Stack:

@@ -21,7 +21,7 @@ def _open(config: dict, device):
     model = load_model(EMBEDDED, device)
     corpus = open_corpus(WIKIPEDIA)
     collection = _collection(model, corpus, config)
-    meta = {"texts": {corpus.name: corpus.sha256}, "model": model.name, "model_sha256": model.sha256}
+    meta = {"texts": {corpus.name: corpus.sha256}, **model.provenance}
     return model, collection, lru_cache(lambda: retrieval.article_embeddings(model, collection)), meta
 
 

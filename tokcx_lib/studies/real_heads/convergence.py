@@ -30,7 +30,7 @@ from tokcx_lib.models.heads import Head
 from tokcx_lib.sampling.streaming import Partial, merge, prefix_moments, prefix_states, stream_states
 from tokcx_lib.theory import softmax_law
 from tokcx_lib.theory.laws import Gaussian
-from tokcx_lib.theory.limits import Moments
+from tokcx_lib.theory.limits import Moments, gaussian_limit
 from tokcx_lib.validation import (
     as_count,
     as_kind,
@@ -162,22 +162,13 @@ def drawn_map_errors(
 
 
 def _rows(replicate: int, lengths: Sequence[int], found: Moments, limit: Moments) -> list[tuple]:
-    mean = torch.linalg.vector_norm(found.mean - limit.mean, dim=-1)
-    cov = torch.linalg.matrix_norm(found.cov - limit.cov)
-    return [(replicate, *row) for row in zip(lengths, mean.tolist(), cov.tolist())]
+    return [(replicate, *row) for row in zip(lengths, *(part.tolist() for part in found.errors(limit)))]
 
 
 def twin_limit(head: Head, law: Gaussian) -> Moments:
-    """Moments of a head on Gaussian tokens at infinitely many tokens: mean (d_v,) and covariance (d_v, d_v), float64.
-
-    The map is V (mean + cov (A x + shift)) (chapter 1), so m = V (mean + cov (A mean + shift)), C = V cov A cov A' cov
-    V'.
-    """
+    """Moments of a head on Gaussian tokens at infinitely many tokens (`limits.gaussian_limit`)."""
     _require_twin(head, law)
-    mean, cov = law.mean.double(), law.cov.double()
-    A, V = head.A.to(cov), head.V.to(cov)
-    slope = V @ cov @ A
-    return Moments(V @ mean + slope @ mean + V @ cov @ head.shift.to(cov), slope @ cov @ slope.mT)
+    return gaussian_limit(law, head.A, head.V, head.shift)
 
 
 def _require_twin(head: Head, law: Gaussian) -> None:
@@ -197,7 +188,7 @@ def twin_errors(
         stream = runtime.stream(seed, head.layer, head.head, replicate)
         tokens = law.sample(lengths[-1], stream).to(runtime.device(device), torch.float32)
         found = prefix_moments(*head.project(tokens), lengths)
-        rows += _rows(replicate, lengths, Moments(*(part.cpu() for part in found)), limit)
+        rows += _rows(replicate, lengths, found, limit)
     return pd.DataFrame(rows, columns=["replicate", "n", "mean_error", "cov_error"])
 
 

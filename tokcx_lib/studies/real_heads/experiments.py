@@ -13,8 +13,8 @@ from tqdm import tqdm
 from tokcx_lib import runtime
 from tokcx_lib.models.heads import head_geometry, heads
 from tokcx_lib.models.loading import EMBEDDED, load_model
-from tokcx_lib.models.tokens import RunningMoments, collect_tokens, layer_streams, token_moments
-from tokcx_lib.models.windows import CONTEXT, WINDOW, random_windows, wikipedia_windows
+from tokcx_lib.models.tokens import CONTEXT, RunningMoments, collect_tokens, layer_streams, token_moments
+from tokcx_lib.models.windows import WINDOW, random_windows, wikipedia_windows
 from tokcx_lib.probe.measure import probe
 from tokcx_lib.sampling.streaming import effective_tokens, prefix_states
 from tokcx_lib.studies.real_heads import convergence
@@ -28,8 +28,9 @@ LENGTHS = [250, 500, 1000, 2000, 4000, 8000, 15_000, 30_000]
 POOL, QUERIES, STREAM, FRESH = 0, 1_000, 2_000, 20_000
 
 
-def _model_meta(model) -> dict:
-    return {"model": model.name, "model_sha256": model.sha256, "context": CONTEXT}
+def _about(model, texts: dict) -> dict:
+    """What a record says of the model and the texts that its numbers come from."""
+    return {"texts": texts, **model.provenance, "context": CONTEXT}
 
 
 def _cached_tokens(model, ids):
@@ -83,21 +84,23 @@ def real_heads_moments(config: dict, device) -> Plan:
         table.insert(0, "layer", layer)
         table.insert(1, "head", number)
         twin_limit = convergence.twin_limit(head, law(layer))
+        mean_floor, cov_floor = half.errors(limit)
+        twin_mean_gap, twin_cov_gap = limit.errors(twin_limit)
         kept = {
-            "mean_floor": torch.linalg.vector_norm(half.mean - limit.mean),
-            "cov_floor": torch.linalg.matrix_norm(half.cov - limit.cov),
+            "mean_floor": mean_floor,
+            "cov_floor": cov_floor,
             "cov_norm": torch.linalg.matrix_norm(limit.cov),
             "output_spread": limit.cov.trace().sqrt(),
             "twin_cov_norm": torch.linalg.matrix_norm(twin_limit.cov),
-            "twin_mean_gap": torch.linalg.vector_norm(limit.mean.cpu() - twin_limit.mean.cpu()),
-            "twin_cov_gap": torch.linalg.matrix_norm(limit.cov.cpu() - twin_limit.cov.cpu()),
+            "twin_mean_gap": twin_mean_gap,
+            "twin_cov_gap": twin_cov_gap,
         }
         arrays = {key: np.array(value.item()) for key, value in kept.items()}
         square = convergence.twin_map_error(head, queries, law(layer), config["lengths"])
         return Part(table, {**arrays, "twin_map_error": np.sqrt(square)})
 
     units = list(chosen)
-    return Plan(units, work, {"texts": texts, **_model_meta(model)}, summary=_named_summary("heads", units))
+    return Plan(units, work, _about(model, texts), summary=_named_summary("heads", units))
 
 
 def real_heads_maps(config: dict, device) -> Plan:
@@ -149,7 +152,7 @@ def real_heads_maps(config: dict, device) -> Plan:
         return Part(pd.DataFrame(rows), {name: np.array(value) for name, value in kept.items()})
 
     units = sorted({(head.layer,) for head in every})
-    meta = {"texts": texts, "replicates": config["segments"], "stream": len(ids), **_model_meta(model)}
+    meta = {**_about(model, texts), "replicates": config["segments"], "stream": len(ids)}
     return Plan(units, work, meta, summary=_named_summary("layers", units))
 
 
@@ -195,7 +198,7 @@ def real_heads_variants(config: dict, device) -> Plan:
 
     units = list(chosen)
     variants = [*(f"alpha {alpha:g}" for alpha in config["alphas"]), "windows", "special", "words", "twin"]
-    meta = {"texts": texts, "variants": variants, **_model_meta(model)}
+    meta = {**_about(model, texts), "variants": variants}
     return Plan(units, work, meta, summary=_named_summary("heads", units))
 
 
@@ -260,7 +263,7 @@ def real_heads_sinks(config: dict, device) -> Plan:
             rows.append(row)
         return Part(pd.DataFrame(rows))
 
-    return Plan(sorted({(head.layer,) for head in every}), work, {"texts": texts, **_model_meta(model)})
+    return Plan(sorted({(head.layer,) for head in every}), work, _about(model, texts))
 
 
 def real_heads_on(config: dict, device) -> Plan:
@@ -275,7 +278,7 @@ def real_heads_on(config: dict, device) -> Plan:
         table.insert(0, "part", part)
         return Part(table)
 
-    return Plan([(part,) for part in range(parts)], work, {"texts": texts, **_model_meta(model)})
+    return Plan([(part,) for part in range(parts)], work, _about(model, texts))
 
 
 def _on(corpus: str, tokens: int, **options) -> Experiment:

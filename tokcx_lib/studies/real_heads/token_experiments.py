@@ -14,8 +14,8 @@ from torch import Tensor
 from tokcx_lib import runtime
 from tokcx_lib.models.heads import heads
 from tokcx_lib.models.loading import EMBEDDED, load_model
-from tokcx_lib.models.tokens import collect_tokens, token_moments
-from tokcx_lib.models.windows import CONTEXT, WINDOW, wikipedia_windows
+from tokcx_lib.models.tokens import CONTEXT, collect_tokens, token_moments
+from tokcx_lib.models.windows import WINDOW, wikipedia_windows
 from tokcx_lib.studies.real_heads import tails
 from tokcx_lib.studies.runs import Experiment, Part, Plan
 
@@ -34,7 +34,7 @@ def _plan(config: dict, device, table: Callable[[int, Tensor, list], pd.DataFram
         found.insert(0, "layer", layer)
         return Part(found)
 
-    about = {"texts": texts, "model": model.name, "model_sha256": model.sha256, "context": CONTEXT, "tokens": len(ids)}
+    about = {"texts": texts, **model.provenance, "context": CONTEXT, "tokens": len(ids)}
     return Plan([(layer,) for layer in sorted({head.layer for head in every})], work, about)
 
 

@@ -13,7 +13,7 @@ from tokcx_lib import runtime
 from tokcx_lib.models.heads import heads
 from tokcx_lib.models.loading import EMBEDDED, load_model
 from tokcx_lib.models.tokens import collect_tokens, token_moments
-from tokcx_lib.models.windows import WINDOW, passages
+from tokcx_lib.models.windows import WINDOW, spread_passages
 from tokcx_lib.studies.runs import Experiment, Part, Plan
 from tokcx_lib.studies.sparse.schemes import (
     KEEPING,
@@ -117,7 +117,7 @@ def sparse_heads(config: dict, device) -> Plan:
     """
     model = load_model(EMBEDDED, device)
     n = config["windows"] * WINDOW
-    ids, texts = passages(model, config["corpus"], n, config["replicates"])
+    ids, texts = spread_passages(model, config["corpus"], n, config["replicates"])
     cases = _heads_of(model, config["cases"])
     layers = sorted({head.layer for head, _ in cases})
 
@@ -151,7 +151,7 @@ def sparse_heads(config: dict, device) -> Plan:
         names = ("load_05", "load_median", "load_95")
         return {"cases": [dict(zip(names, (float(f"{x:.6g}") for x in row))) for row in mean]}
 
-    meta = {"texts": texts, "model": model.name, "model_sha256": model.sha256, "n": n}
+    meta = {"texts": texts, **model.provenance, "n": n}
     return Plan([(r,) for r in range(config["replicates"])], work, meta, summary=summary)
 
 
@@ -167,7 +167,7 @@ def sparse_window(config: dict, device) -> Plan:
     """
     model = load_model(EMBEDDED, device)
     lengths, middle = config["lengths"], config["half_widths"][len(config["half_widths"]) // 2]
-    ids, texts = passages(model, config["corpus"], lengths[-1], config["replicates"])
+    ids, texts = spread_passages(model, config["corpus"], lengths[-1], config["replicates"])
     cases = _heads_of(model, config["cases"])
     layers = sorted({head.layer for head, _ in cases})
 
@@ -180,7 +180,7 @@ def sparse_window(config: dict, device) -> Plan:
                 positions = torch.arange(0, n, config["every"])
                 q, unit = (factor * q[positions])[None], value_spread(v)
                 whole = full(q, k, v).output[0]
-                mean, cov = token_moments(whole)
+                exact = token_moments(whole)
                 for half in config["half_widths"]:
                     reach = round(half * n / lengths[-1])
                     budget = min(2 * reach + 1 + config["random"], n)
@@ -190,16 +190,14 @@ def sparse_window(config: dict, device) -> Plan:
                     for name in names:
                         stream = runtime.stream(config["seed"], replicate, number, n, half, names.index(name))
                         o = _window_output(name, q, k, v, positions, budget, stream, config["random"])
-                        m, c = token_moments(o)
                         square = (o - whole).double().square().sum(1).mean().item()
-                        mean_error = torch.linalg.vector_norm(m - mean).item() / unit
-                        cov_error = torch.linalg.matrix_norm(c - cov).item() / unit**2
+                        mean_error, cov_error = (error.item() for error in token_moments(o).errors(exact))
                         row = (head.layer, head.head, replicate, name, n, reach, budget)
-                        rows.append((*row, mean_error, cov_error, square / unit**2))
+                        rows.append((*row, mean_error / unit, cov_error / unit**2, square / unit**2))
         columns = ["layer", "head", "replicate", "scheme", "n", "half_width", "keys", "mean_error", "cov_error", "mse"]
         return Part(pd.DataFrame(rows, columns=columns))
 
-    meta = {"texts": texts, "model": model.name, "model_sha256": model.sha256}
+    meta = {"texts": texts, **model.provenance}
     return Plan([(r,) for r in range(config["replicates"])], work, meta)
 
 
