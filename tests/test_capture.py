@@ -1,4 +1,4 @@
-"""What `capture` notes is what the model's attention read: its outputs are built again from it, for many architectures."""
+"""What `capture` notes is what the attention read: its outputs are built again from it, for many architectures."""
 
 import pytest
 import torch
@@ -149,7 +149,7 @@ def test_settings_come_back_when_the_model_fails():
 
 
 def test_horizons_of_queries_and_keys_are_those_of_the_bilinear_forms():
-    """||Cov(q)^(1/2) Cov(k)^(1/2)||, over one set of tokens, is ||Sigma^(1/2) A Sigma^(1/2)||: all 72 heads of MiniLM."""
+    """||Cov(q)^(1/2) Cov(k)^(1/2)||, over the same tokens, is ||Sigma^(1/2) A Sigma^(1/2)||: 72 heads of MiniLM."""
     loaded = load_model("minilm")
     model, every = loaded.model.double(), heads(loaded)
     ids = torch.randint(1000, 20_000, (2, 250), generator=torch.Generator().manual_seed(2))

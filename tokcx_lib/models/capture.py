@@ -136,7 +136,7 @@ def _own_attention(module: nn.Module, options: dict) -> Callable:
 
 
 def _bias(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, options: dict) -> Tensor | None:
-    """What a layer adds to its logits: its mask, the causal one where it leaves that to the kernel, its position bias."""
+    """What a layer adds to its logits: its mask, the causal one where that is left to the kernel, its position bias."""
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     if mask is None and causal and query.shape[2] > 1:
