@@ -30,6 +30,7 @@ from tokcx_lib.theory.limits import Moments
 MODULES_ELSEWHERE = {
     "__main__": "runs the command line",
     "architectures": "takes models and their configurations",
+    "capture": "takes models",
     "cli": "takes the words of a command line",
     "corpora": "reads files",
     "figures": "draws",

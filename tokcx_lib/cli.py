@@ -47,7 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     actions = parser.add_subparsers(required=True, metavar="COMMAND")
 
     probe = actions.add_parser("probe", help="how many tokens does each head of a model need, on a text")
-    probe.add_argument("--model", default="minilm", help="minilm (packaged), a folder or a hub name (default: minilm)")
+    probe.add_argument(
+        "--model",
+        default="minilm",
+        help="minilm or smollm2 (packaged), a folder, a GGUF file or a hub name (default: minilm)",
+    )
     probe.add_argument("--text", required=True, help="a file, or a known corpus such as wikitext2-test")
     probe.add_argument("--layers", "--layer", type=_layers, help="for example 0,3-5 (default: all)")
     count = "tokens of the text to use, such as 5000 or 1e6 (default: 100000)"

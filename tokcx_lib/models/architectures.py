@@ -77,7 +77,9 @@ def _refusal(kind: str, config) -> str | None:
         return "its cross-attention reads keys from another sequence"
     if (positions := getattr(config, "position_embedding_type", None) or "absolute") != "absolute":
         return f"its {positions} positions add terms to the logits"
-    if getattr(config, "quantization_config", None) is not None:
+    quantised = getattr(config, "quantization_config", None)
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+    if quantised is not None and method != "gguf":  # weights of a GGUF file are plain once they are read
         return "its weights are quantised, and no plain matrices"
     if getattr(config, "transformers_weights", None) is not None:
         return "its configuration names other weights, as transformers_weights"

