@@ -9,6 +9,7 @@ import torch
 
 from tokcx_lib import cli, records
 from tokcx_lib.bench import suite
+from tokcx_lib.sampling import forms
 from tokcx_lib.sampling.streaming import self_attention_moments
 from tokcx_lib.theory.attention import attention_map
 
@@ -76,7 +77,7 @@ def test_a_precision_is_safe_as_long_as_it_changes_the_errors_little(monkeypatch
 
 def test_the_variants_compute_the_same():
     x = suite._tokens(60, 5, torch.device("cpu"), torch.float64)
-    A, V = suite.random_head(5, 1)
+    A, V = forms.random_head(5, 1)
     ours = self_attention_moments(x, 3 * A, V, [10, 60])
     for attend in (suite._plain_attention, suite._fused_attention):
         each = suite._each_length(attend, x, 3 * A, V, [10, 60])

@@ -176,10 +176,11 @@ def head_geometry(head: Head, x: Tensor, cov: Tensor, half: Tensor | None = None
     A, cov = head.A, cov.to(head.A)
     loads = geometry.load(x.double(), A, cov, shift=head.shift)
     values = head.V @ cov @ head.V.mT
-    # The definitions of `geometry`, with one decomposition of the covariance for all of them.
+    # The definitions of `geometry`, with one decomposition of the covariance for all of them, and in d_k dimensions.
     half = geometry.root(cov) if half is None else half
-    reach = torch.linalg.matrix_norm(half, 2).item() ** 2
-    two, one = (torch.linalg.matrix_norm(B, 2).item() for B in (half @ A @ half, half @ A))
+    reach = geometry.reach(cov)
+    keys, queries = head.W_K.to(half) @ half, head.scale * head.W_Q.to(half)
+    two, one = _norm_of_product(keys, queries @ half), _norm_of_product(keys, queries)
     return {
         "reach": reach,
         "horizon": two,
@@ -191,3 +192,8 @@ def head_geometry(head: Head, x: Tensor, cov: Tensor, half: Tensor | None = None
         "value_spread": values.trace().sqrt().item(),
         "value_cov": torch.linalg.matrix_norm(values).item(),
     }
+
+
+def _norm_of_product(K: Tensor, Q: Tensor) -> float:
+    """||K'Q||_2 of two matrices (d_k, d) with few rows."""
+    return torch.linalg.matrix_norm(torch.linalg.qr(K.mT).R @ torch.linalg.qr(Q.mT).R.mT, 2).item()
