@@ -11,7 +11,7 @@ from tokcx_lib import cli, records, runtime
 from tokcx_lib.models import loading
 from tokcx_lib.models.loading import TextModel
 from tokcx_lib.models.tokens import tokenize
-from tokcx_lib.probe import measure, report
+from tokcx_lib.probe import measure, plan, report
 from tokcx_lib.studies import runs
 from tokcx_lib.studies.registry import EXPERIMENTS
 
@@ -209,10 +209,10 @@ def test_files_are_not_written_through_what_lies_in_their_way(tmp_path):
 
 
 def test_the_context_is_no_longer_than_the_model_sees_unless_asked_for(minilm, monkeypatch):
-    assert measure.default_context(minilm) == 256
+    assert plan.default_context(minilm) == 256
     short = TextModel(minilm.name, minilm.model, minilm.tokenizer, minilm.sha256)
-    monkeypatch.setattr(measure.architectures, "most_positions", lambda config: 40)
-    assert measure.default_context(short) == 40
+    monkeypatch.setattr(plan.architectures, "most_positions", lambda config: 40)
+    assert plan.default_context(short) == 40
 
 
 def test_the_bars_of_a_probe_count_each_token_once(minilm, monkeypatch):

@@ -189,3 +189,24 @@ def test_a_description_without_its_sessions(folder):
     with pytest.raises(ValueError, match="^run: .* lacks sessions"):
         runs.run("small", SMALL, resume=True, path=folder)
     assert np.isfinite(runs.verify("small", SMALL, path=folder).difference)  # the record itself is whole
+
+
+UNIT = b"""replicate,n,error
+1,10,0.25
+1,20,0.5
+"""
+
+
+def test_a_unit_that_an_earlier_version_left_is_gone_on_from(folder):
+    """Rows, then a line with their checksum and the seconds that they took: as it was from the first version on."""
+    seal = f"# {hashlib.sha256(UNIT).hexdigest()} 0.125 s\n".encode()
+    unit = folder / "small.parts" / "1.csv"
+    unit.write_bytes(UNIT + seal)
+    runs.run("small", SMALL, resume=True, path=folder)
+    assert records.load("small", folder).table["error"].tolist() == [0.5, 0.5, 0.25, 0.5, 0.5, 0.5, 0.5, 0.5]
+    for damaged in (UNIT, UNIT + seal[:-1], UNIT + seal.replace(b"0.125", b"soon"), UNIT.replace(b"20", b"30") + seal):
+        unit.write_bytes(damaged)
+        with pytest.raises(
+            ValueError, match="^record 'small': its checkpoint .*1.csv was damaged or edited; delete it"
+        ):
+            runs.run("small", SMALL, resume=True, path=folder)

@@ -24,6 +24,7 @@ from tokcx_lib import records
 from tokcx_lib.models import architectures, heads, loading
 from tokcx_lib.models.tokens import collect_tokens, layer_streams, tokenize
 from tokcx_lib.probe import measure, report
+from tokcx_lib.theory import budgets
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 QUERY = "encoder.layer.1.attention.self.query.weight"
@@ -610,8 +611,8 @@ def test_no_more_keys_are_reported_than_a_window_has(healthy, tmp_path):
     assert (
         sliding["effective_6"].between(1, 6).all() and sliding[["effective_1000", "effective_1200"]].isna().all().all()
     )
-    assert sliding["phase"].tolist() == [measure.phase(load, 6) for load in sliding["load_median"]]
-    assert whole["phase"].tolist() == [measure.phase(load, 1200) for load in whole["load_median"]]
+    assert sliding["phase"].tolist() == [budgets.phase(load, 6) for load in sliding["load_median"]]
+    assert whole["phase"].tolist() == [budgets.phase(load, 1200) for load in whole["load_median"]]
     # Where the window holds all tokens it changes nothing.
     short = measure.probe(model, text, [1], 6, 4, context=40)
     assert short["effective_6"].notna().all()

@@ -20,7 +20,9 @@ import torch
 from tokcx_lib import cli, records, runtime
 from tokcx_lib.models import corpora, heads, loading, tokenization
 from tokcx_lib.models.tokens import RunningMoments, collect_tokens, first_ids, layer_streams, token_moments, tokenize
-from tokcx_lib.probe import measure, report
+from tokcx_lib.probe import layers as probe_layers
+from tokcx_lib.probe import measure, report, resuming
+from tokcx_lib.probe.predictions import predictions
 from tokcx_lib.sampling import streaming
 from tokcx_lib.theory import budgets, rates
 
@@ -87,12 +89,12 @@ def test_columns_and_predictions(table):
     assert hard["exponent_sharp"] == rates.exponent(hard["coupling"], "gaussian")
     budget = budgets.token_budget(hard["load_median"])
     assert (hard["tokens_unfrozen"], hard["tokens_clt"]) == budget
-    said = measure.predictions(0.0, 40.0, 100)
+    said = predictions(0.0, 40.0, 100)
     assert said["exponent_sharp"] == said["exponent_reported"] == 0.5
     assert said["tokens_10_percent"] == np.inf and said["phase"] == "frozen"
     n = 1000
     edge = np.sqrt(2 * np.log(n))
-    found = [measure.phase(edge * share, n) for share in (0.49, 0.51, 0.99, 1.01)]
+    found = [budgets.phase(edge * share, n) for share in (0.49, 0.51, 0.99, 1.01)]
     assert found == ["averaging", "extremal", "extremal", "frozen"]
 
 
@@ -138,8 +140,8 @@ def dies_after(batches, counter):
 
 @pytest.mark.parametrize("batches", [1, 3])  # among the queries, among the keys
 def test_a_killed_probe_goes_on_with_the_same_numbers(minilm, ids, table, batches, monkeypatch, tmp_path):
-    monkeypatch.setattr(measure, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(measure, "_Checkpoint", _always(measure._Checkpoint))
+    monkeypatch.setattr(resuming, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(measure, "Checkpoint", _always(measure.Checkpoint))
     arguments = (minilm, ids, [0, 1], TOKENS, QUERIES)
     folder = tmp_path / "kept"
     before, after = [0], [0]
@@ -150,7 +152,7 @@ def test_a_killed_probe_goes_on_with_the_same_numbers(minilm, ids, table, batche
     resumed = measure.probe(*arguments, checkpoint=folder)
     assert resumed.to_csv() == table.to_csv()
     assert before[0] == batches and after[0] == 4 - batches  # two batches of either pass, none of them read twice
-    measure.discard_checkpoint(folder)
+    resuming.discard_checkpoint(folder)
     assert not folder.exists()
 
 
@@ -159,7 +161,7 @@ def _always(checkpoint):
     return type("Always", (checkpoint,), {"cost": property(lambda self: 0.0, lambda self, value: None)})
 
 
-@pytest.mark.parametrize("damage", ["garbage", "cut", "another plan"])
+@pytest.mark.parametrize("damage", ["garbage", "cut", "no checksum", "another plan"])
 def test_a_checkpoint_that_is_damaged_or_another_probes_is_not_used(minilm, ids, damage, tmp_path, capsys):
     other = {"seed": 1} if damage == "another plan" else {}
     measure.probe(minilm, ids, [0], 1000, 16, checkpoint=tmp_path, **other)
@@ -170,6 +172,8 @@ def test_a_checkpoint_that_is_damaged_or_another_probes_is_not_used(minilm, ids,
         state.write_bytes(content[:middle] + bytes(64) + content[middle + 64 :])
     elif damage == "cut":
         state.write_bytes(content[: len(content) // 2])
+    elif damage == "no checksum":  # as states were before they had one
+        state.write_bytes(content[: content.rindex(b"# ")])
     found = measure.probe(minilm, ids, [0], 1000, 16, checkpoint=tmp_path)
     assert found.to_csv() == measure.probe(minilm, ids, [0], 1000, 16).to_csv()
     assert ("damaged" in capsys.readouterr().err) == (damage != "another plan")
@@ -187,7 +191,7 @@ def test_heads_with_rotary_positions_are_described_at_distances_too(minilm, ids,
     def rotary(model):
         return [Rotary(h.layer, h.head, h.W_Q, h.W_K, h.W_V, None, h.scale) for h in heads.heads(model)[:2]]
 
-    monkeypatch.setattr(measure, "heads", rotary)
+    monkeypatch.setattr(probe_layers, "heads", rotary)
     found = measure.probe(minilm, ids, [0], 1000, 16)
     assert found["causal"].all()
     for distance in (64, 1024):
@@ -282,12 +286,15 @@ def test_the_template_is_part_of_a_wheel():
     assert (Path(report.__file__).parent / "page.html.j2").is_file()
 
 
+CHILD = "import sys; from tokcx_lib import cli; from tokcx_lib.probe import resuming; resuming.CHECKPOINT_SECONDS = 0; "
+
+
 @pytest.mark.slow
 def test_a_command_killed_by_the_system_goes_on(tmp_path):
     file, killed, whole = tmp_path / "text.txt", tmp_path / "killed", tmp_path / "whole"
     file.write_text(corpora.open_corpus("scipy-docs").text[:400_000])
     arguments = ["probe", "--text", str(file), "--layers", "0", "--tokens", "40000", "--queries", "256", "--out"]
-    code = "import sys; from tokcx_lib import cli, probe; measure.CHECKPOINT_SECONDS = 0; cli.main(sys.argv[1:])"
+    code = CHILD + "cli.main(sys.argv[1:])"
     state = killed / ".probe" / "state.npz"
     with subprocess.Popen([sys.executable, "-c", code, *arguments, str(killed)], env=os.environ) as process:
         while not state.exists() and process.poll() is None:
@@ -303,9 +310,7 @@ ONE = ["probe", "--layers", "0", "--tokens", "20000", "--queries", "64", "--text
 
 
 def child(file, out):
-    code = (
-        "import sys; from tokcx_lib import cli, probe; measure.CHECKPOINT_SECONDS = 0; sys.exit(cli.main(sys.argv[1:]))"
-    )
+    code = CHILD + "sys.exit(cli.main(sys.argv[1:]))"
     environment = {**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-c", code, *ONE, str(file), "--out", str(out)]
     return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

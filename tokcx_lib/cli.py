@@ -170,7 +170,9 @@ def _probe_into(options: argparse.Namespace) -> None:
     from tokcx_lib.models.loading import load_model
     from tokcx_lib.models.tokens import first_ids
     from tokcx_lib.probe import report
-    from tokcx_lib.probe.measure import default_context, discard_checkpoint, plan, probe
+    from tokcx_lib.probe.measure import probe
+    from tokcx_lib.probe.plan import default_context, plan
+    from tokcx_lib.probe.resuming import discard_checkpoint
 
     corpus = open_corpus(options.text)
     model = load_model(options.model, options.device)

@@ -22,7 +22,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from tokcx_lib import plots, records
-from tokcx_lib.probe.measure import DISTANCES, differing, read_plan
+from tokcx_lib.probe.layers import DISTANCES
+from tokcx_lib.probe.plan import differing, read_plan
 
 MADE = "probe.json"  # what made the other files
 _ELSEWHERE = "choose another folder, or give --force to replace it"
@@ -51,7 +52,7 @@ def write(table: pd.DataFrame, meta: dict, folder: Path) -> list[Path]:
     table : from `measure.probe`.
     meta : what was probed: model, text, tokens, queries, seed and context; the checksums model_sha256, text_sha256 and
         tokens_sha256 (of the token ids), each where it is known; and the device, versions and created of
-        `records.provenance`. All of it goes into probe.json; where it has the plan (`measure.plan`), `require_unused`
+        `records.provenance`. All of it goes into probe.json; where it has the plan (`plan.plan`), `require_unused`
         knows this probe again.
 
     Raises

@@ -11,9 +11,7 @@ Under ``torchrun`` the units are dealt out to the ranks, and the first one assem
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import reprlib
 import time
 from collections.abc import Callable
@@ -27,7 +25,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from tokcx_lib import records, runtime
+from tokcx_lib import checkpoints, records, runtime
 from tokcx_lib.sampling import distributed
 from tokcx_lib.validation import as_count
 
@@ -224,32 +222,23 @@ def _write_part(folder: Path, unit: tuple[int, ...], keys: tuple[str, ...], part
             raise ValueError(f"unit {unit}: expected {key} = {value} in all its rows, got {part.table[key].unique()}")
     target, packed = _file(folder, unit), b""
     if part.arrays:
-        buffer = BytesIO()
-        np.savez(buffer, **part.arrays)
-        packed = buffer.getvalue()
+        packed = checkpoints.pack(part.arrays)
         records.write_whole(target.with_suffix(".npz"), packed)
     rows = part.table.to_csv(index=False, lineterminator="\n").encode()  # all digits: rounding comes with the record
-    records.write_whole(target, rows + f"# {_digest(rows, packed)} {seconds:.3f} s\n".encode())
-
-
-def _digest(*contents: bytes) -> str:
-    return hashlib.sha256(b"".join(contents)).hexdigest()
+    checkpoints.write(target, rows, packed, note=f"{seconds:.3f} s")
 
 
 def _read_part(name: str, folder: Path, unit: tuple[int, ...]) -> tuple[Part, float]:
     target = _file(folder, unit)
-    content = target.read_bytes()
-    rows, _, last = content.rpartition(b"# ")
     arrays = target.with_suffix(".npz")
     packed = arrays.read_bytes() if arrays.is_file() else b""
-    match = re.fullmatch(rb"([0-9a-f]{64}) ([0-9.]+) s\n", last)
-    if not match or match[1].decode() != _digest(rows, packed):
-        raise ValueError(f"record {name!r}: its checkpoint {target} was damaged or edited; delete it and resume")
-    stored = {}
-    if packed:
-        with np.load(BytesIO(packed), allow_pickle=False) as found:
-            stored = dict(found)
-    return Part(pd.read_csv(BytesIO(rows)), stored), float(match[2])
+    try:
+        rows, took = checkpoints.read(target, packed)
+        seconds = float(took.removesuffix(" s"))
+    except ValueError as error:
+        message = f"record {name!r}: its checkpoint {target} was damaged or edited; delete it and resume"
+        raise ValueError(message) from error
+    return Part(pd.read_csv(BytesIO(rows)), checkpoints.unpack(packed) if packed else {}), seconds
 
 
 def _assemble(name: str, folder: Path, plan: Plan, config: dict, path) -> Path:

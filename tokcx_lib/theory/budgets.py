@@ -40,6 +40,24 @@ def token_budget(load: float) -> TokenBudget:
     return TokenBudget(*(math.exp(x) if x < 709 else math.inf for x in (square / 2, 2 * square)))
 
 
+def phase(load: float, tokens: float) -> str:
+    """The phase of a query of some load over n tokens: "averaging", "extremal" or "frozen".
+
+    They meet where the reduced load s / sqrt(2 log n) is 1/2 and 1, which is at the budgets of `token_budget`. A single
+    token is frozen.
+
+    Raises
+    ------
+    ValueError
+        If the load is not a finite number >= 0, or the number of tokens, real, not a finite one >= 1.
+
+    Source: chapter 9.
+    """
+    load, tokens = as_number("load", load, least=0), as_number("tokens", tokens, least=1)
+    reduced = load / math.sqrt(2 * math.log(tokens)) if tokens > 1 else math.inf
+    return "averaging" if reduced < 0.5 else "extremal" if reduced < 1 else "frozen"
+
+
 def relative_error(n, load) -> np.ndarray:
     """Root mean square error of attention at a query of load s, relative to s: sqrt(E(Gamma_n - s)^2) / s.
 
