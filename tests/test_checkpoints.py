@@ -49,8 +49,8 @@ def test_whatever_is_changed_cut_off_or_added_is_found(state):
 
 def test_a_state_may_hold_what_looks_like_its_last_line(tmp_path):
     path = tmp_path / "1.csv"
-    checkpoints.write(path, b"# ", b"")
-    checkpoints.write(path, path.read_bytes(), b"")
+    checkpoints.write(path, b"# ", b"", "1 s")
+    checkpoints.write(path, path.read_bytes(), b"", "1 s")
     assert checkpoints.read(path, b"")[0].startswith(b"# # ")
 
 

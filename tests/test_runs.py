@@ -146,7 +146,7 @@ CHILD = """
 import sys; sys.path[:0] = [{root!r}, {tests!r}]
 import test_runs, torch
 torch.set_num_threads(1)
-from tokcx_lib import runs
+from tokcx_lib.studies import runs
 experiment = test_runs.SMALL._replace(full={{**test_runs.SMALL.full, "pause": {pause}}})
 runs.run("small", experiment, resume=True, path={path!r})
 """
@@ -224,7 +224,7 @@ def test_where_the_file_system_knows_no_locks_a_run_goes_on(tmp_path, monkeypatc
 KILLS = """
 import os, signal, sys, time; sys.path[:0] = [{root!r}, {tests!r}]
 import test_runs
-from tokcx_lib import runs
+from tokcx_lib.studies import runs
 experiment = test_runs.SMALL._replace(full={{**test_runs.SMALL.full, "pause": 0.1}})
 for delay in {delays}:
     pid = os.fork()

@@ -18,7 +18,7 @@ import numpy as np
 from tokcx_lib import records
 
 
-def write(path: Path, content: bytes, belongs: bytes, note: str = "") -> None:
+def write(path: Path, content: bytes, belongs: bytes, note: str) -> None:
     """Write a state whole or not at all, and ``# checksum note`` as its last line; the note is not in the checksum.
 
     Raises

@@ -55,7 +55,7 @@ class Checkpoint:
             return
         arrays = {f"{layer}_{name}": a for layer, each in states.items() for name, a in each.arrays().items()}
         content = checkpoints.pack({"read": np.array(read), **arrays})
-        checkpoints.write(self.folder / _FILES[1], content, self.plan)
+        checkpoints.write(self.folder / _FILES[1], content, self.plan, note=f"{read} tokens")
         self.last = time.monotonic()
         self.cost = self.last - start
 
