@@ -18,6 +18,7 @@ from pybtex.richtext import Text
 
 from tools import notebooks
 
+# Patterns, not markdown-it: it has no places of roles in a paragraph, and writes no Markdown. A test compares both.
 DIRECTIVE = re.compile(
     r"^```\{(?P<name>[\w:-]+)\} *(?P<title>[^\n]*)\n(?P<options>(?::[\w-]+:[^\n]*\n)*)(?P<body>.*?)^```$", re.M | re.S
 )

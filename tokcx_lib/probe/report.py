@@ -191,16 +191,6 @@ def hardest(table: pd.DataFrame, count: int = HARDEST) -> pd.DataFrame:
     return table.sort_values("load_median", ascending=False, kind="stable").head(count)
 
 
-def reading(table: pd.DataFrame, meta: dict) -> list[tuple[str, Markup]]:
-    """What the numbers say, as pairs of a heading and paragraphs of HTML."""
-    return [
-        ("Where the heads are", _in_phases(table, meta)),
-        ("The hardest heads", _hardest_heads(table, meta)),
-        ("What a token budget means", BUDGETS),
-        ("How fast the moments converge", _slowest_head(table)),
-    ]
-
-
 BUDGETS = Markup(
     "<p>If the logits of a query of load <i>s</i> were Gaussian, its output would depend on single tokens up to "
     "about <i>e</i><sup><i>s</i>²/2</sup> tokens (<i>not frozen beyond</i>), and its error would fall like "
@@ -209,6 +199,16 @@ BUDGETS = Markup(
     "square error is a tenth of the output's component along the query's direction. A query of small load has "
     "a small output, so that it too takes many tokens to a tenth of it.</p>"
 )
+
+
+def reading(table: pd.DataFrame, meta: dict) -> list[tuple[str, Markup]]:
+    """What the numbers say, as pairs of a heading and paragraphs of HTML."""
+    return [
+        ("Where the heads are", _in_phases(table, meta)),
+        ("The hardest heads", _hardest_heads(table, meta)),
+        ("What a token budget means", BUDGETS),
+        ("How fast the moments converge", _slowest_head(table)),
+    ]
 
 
 def _in_phases(table: pd.DataFrame, meta: dict) -> Markup:
