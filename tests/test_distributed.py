@@ -18,8 +18,8 @@ WORK = """
 import sys, time
 from functools import partial
 import torch
-from tokcx_lib import distributed, streaming
-from tokcx_lib.laws import Gaussian
+from tokcx_lib.sampling import distributed, streaming
+from tokcx_lib.theory.laws import Gaussian
 
 if distributed.rank() == 0:
     time.sleep(0.5)
