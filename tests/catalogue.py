@@ -256,6 +256,7 @@ MODULES: dict[str, dict] = {
 FUNCTIONS: dict[str, dict] = {
     "stacks.scalar_errors": {"stack": stacks.scalar_stack([0.3, 0.5])},
     "stacks.step": {"x": normal(12, DIM)},
+    "limits.gaussian_limit": {"law": law(), "shift": normal(DIM)},
     "fits.fit_slopes": {"table": pd.concat([_table().assign(half=h) for h in (0, 1)])},
     "rates.exponent": {},
     "softmax_law.self_moments": {"t": 1.5},

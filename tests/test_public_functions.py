@@ -35,7 +35,11 @@ OPEN = {
 }
 
 # Functions that are called as they are: what they raise is theirs.
-CALLABLE = {("distributed.sharded_attention", "blocks"), ("distributed.sharded_states", "blocks")}
+CALLABLE = {
+    ("distributed.sharded_attention", "blocks"),
+    ("distributed.sharded_states", "blocks"),
+    ("sweeps.MomentSweep", "limit"),
+}
 
 
 class TooLong(Exception):

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from tokcx_lib.sampling.streaming import prefix_states, self_attention_moments
 from tokcx_lib.theory.limits import Moments
-from tokcx_lib.validation import as_matrix, as_tensor, as_tokens, finite_answer
+from tokcx_lib.validation import (
+    as_lengths,
+    as_list,
+    as_matrix,
+    as_number,
+    as_tensor,
+    as_tokens,
+    finite_answer,
+    naming,
+)
 
 MESH = 0.15  # step of the table of a scalar map, in units of 1 / (largest token - smallest token)
 
@@ -38,16 +47,24 @@ def scalar_moments(tokens: Tensor, slopes: Sequence[float], V, lengths: Sequence
         If shapes do not match, or lengths do not increase or exceed N.
     """
     y = as_tokens("tokens", tokens, dim=1)[:, 0]
+    slopes = [as_number("slopes", a) for a in as_list("slopes", slopes, "slopes")]
+    values = None if V is None else as_matrix("V", V, columns=1).double()
+    lengths = as_lengths("lengths", lengths, most=len(y))
+    with naming("tokens, slopes, V"):
+        return _tabulated(y, slopes, values, lengths)
+
+
+def _tabulated(y: Tensor, slopes: list[float], values: Tensor | None, lengths: list[int]) -> list[Moments]:
+    """`scalar_moments` of tokens (N,), once all is checked."""
     width = (y.max() - y.min()).clamp(min=torch.finfo(y.dtype).tiny)
     reach = (max(abs(a) for a in slopes) * y.abs().max()).clamp(min=torch.finfo(y.dtype).tiny)
     count = int((2 * reach * width / MESH).ceil().item()) + 2
     if count > len(y) * len(slopes):  # the queries themselves are fewer than the points of a table
-        return [self_attention_moments(tokens, [[a]], V, lengths) for a in slopes]
+        return [self_attention_moments(y[:, None], [[a]], values, lengths) for a in slopes]
     grid = torch.linspace(-reach.item(), reach.item(), count, dtype=y.dtype, device=y.device)
     step = grid[1] - grid[0]
     # Tilted first and second moments of the tokens; the variance is the slope of the map.
     pairs = torch.stack([y, y * y], -1)
-    values = V if V is None else as_matrix("V", V, columns=1).double()
     found: list[list[Moments]] = [[] for _ in slopes]
     for n, state in zip(lengths, prefix_states(grid[:, None], y[:, None], pairs, lengths)):
         first, second = state.output.unbind(-1)

@@ -233,10 +233,14 @@ def leave_one_out(errors) -> np.ndarray:
     Raises
     ------
     ValueError
-        If there is only one replicate.
+        If there is only one replicate, or products of errors overflow.
     """
     errors = as_array("errors", errors)
     if errors.ndim < 2 or len(errors) < 2:
         raise ValueError(f"errors: expected two or more replicates, got shape {errors.shape}")
-    total = errors.sum(0, dtype=np.float64)
-    return np.stack([(error * (total - error)).sum(-1) for error in errors]) / (len(errors) - 1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = errors.sum(0, dtype=np.float64)
+        found = np.stack([(error * (total - error)).sum(-1) for error in errors]) / (len(errors) - 1)
+    if not np.isfinite(found).all():
+        raise ValueError("errors: expected numbers whose products are finite, got larger ones")
+    return found
