@@ -84,7 +84,7 @@ def pointwise_sweep(
     return table.assign(**{f"e{i}": column.numpy() for i, column in enumerate(gap.T)})
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class MomentSweep:
     """Moments of self-attention over the first n of i.i.d. tokens against their limit, for heads that differ in scale.
 
@@ -120,21 +120,16 @@ class MomentSweep:
     device: torch.device | str | None = None
 
     def __post_init__(self):
-        law = as_law("law", self.law, "sample")
-        scales = [as_positive("scales", scale) for scale in as_list("scales", self.scales, "positive numbers")]
-        if len(set(scales)) < len(scales):
-            raise ValueError(f"scales: expected positive numbers, each given once, got {scales}")
-        checked = {
-            "A": as_square("A", self.A, law.dim),
-            "lengths": as_lengths("lengths", self.lengths, most=rows_that_fit(law.dim)),
-            "V": None if self.V is None else as_matrix("V", self.V, columns=law.dim),
-            "scales": scales,
-            "tabulate": as_flag("tabulate", self.tabulate),
-            "dtype": as_dtype("dtype", self.dtype),
-            "device": runtime.device(self.device),
-        }
-        vars(self).update(checked)  # nobody else may: the class is frozen
-        vars(self).update(_limits=[self._limit(scale * self.A) for scale in scales])
+        dim = as_law("law", self.law, "sample").dim
+        self.scales = [as_positive("scales", scale) for scale in as_list("scales", self.scales, "positive numbers")]
+        if len(set(self.scales)) < len(self.scales):
+            raise ValueError(f"scales: expected positive numbers, each given once, got {self.scales}")
+        self.A = as_square("A", self.A, dim)
+        self.lengths = as_lengths("lengths", self.lengths, most=rows_that_fit(dim))
+        self.V = None if self.V is None else as_matrix("V", self.V, columns=dim)
+        self.tabulate, self.dtype = as_flag("tabulate", self.tabulate), as_dtype("dtype", self.dtype)
+        self.device = runtime.device(self.device)
+        self._limits = [self._limit(scale * self.A) for scale in self.scales]
 
     def table(self, replicates: int | Iterable[int], seed: int = 0) -> pd.DataFrame:
         """Errors of some replicates.
