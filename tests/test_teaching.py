@@ -139,7 +139,7 @@ def test_notes_on_every_chapter():
 
 def test_projects():
     entries = re.split(r"\n## \d+\. ", PAGES["projects"])[1:]
-    assert len(entries) == 6
+    assert len(entries) == 7
     for entry in entries:
         for mark in ("Question", "Why", "First step", "A good result", "Size"):
             assert f"**{mark}.**" in entry, (entry[:40], mark)

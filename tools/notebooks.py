@@ -247,8 +247,8 @@ def edited(path: Path, source: nbformat.NotebookNode, stored: nbformat.NotebookN
         return []
     twin = path.with_suffix(".ipynb").name
     return [
-        f"{twin} was edited after it was run: `jupytext --to md:myst {twin}` makes the source from it, "
-        f"`tools/notebooks.py run --force {path.stem}` forgets the edits"
+        f"{twin} was edited after it was run: copy small edits into {path.name}, or make it anew with "
+        f"`jupytext --to md:myst {twin}`; `tools/notebooks.py run --force {path.stem}` forgets the edits"
     ]
 
 
