@@ -404,7 +404,7 @@ def test_an_edited_twin_is_not_overwritten(small_book, stored, capsys):
         assert notebooks.main(["--root", str(small_book), command]) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(
-            "chapters/01_small.md: 01_small.ipynb was edited after it was run: `jupytext --to md:myst "
+            "chapters/01_small.md: 01_small.ipynb was edited after it was run: copy small edits into "
         )
         assert "run --force 01_small" in line
     edit(source, "A small chapter", "A small, edited chapter")  # both were edited
