@@ -96,7 +96,7 @@ def page(root: Path) -> list[str]:
 
 
 def _path(room: str) -> str:
-    return f"`{'/'.join(filter(None, ('tokcx_lib', room)))}/`"
+    return f"`{room or 'tokcx_lib'}/`"
 
 
 def _cell(text: str) -> str:
