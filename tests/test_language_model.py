@@ -76,7 +76,7 @@ def test_a_package_that_is_missing_or_another_is_named(monkeypatch, tmp_path):
         loading.load_model("smollm2")
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     with pytest.raises(
-        ValueError, match="^model: expected a model that can be read here, .* it takes the package gguf"
+        ValueError, match="^model: expected a model that can be read here, .*it takes the package gguf"
     ):
         loading.load_model(tmp_path / "a.gguf")
 
