@@ -1,4 +1,4 @@
-"""The exact law at a finite number of tokens against simulation (chapter 9)."""
+"""Simulated errors of the moments of self-attention, beside the exact bias of `moment_bias` (chapter 9)."""
 
 from __future__ import annotations
 
