@@ -1,4 +1,4 @@
-"""The outermost of n Gaussian tokens, at any n, and the mean of hardmax attention over them.
+"""Draws of the outermost of n Gaussian tokens, at any n, and the mean of hardmax attention over them (chapter 4).
 
 Hardmax attention reads extreme tokens only, so of n tokens N(0, I) only the outermost need to be drawn: their law is
 that of order statistics, and n may be 10^12 or 10^30. Derivations: chapter 4.
