@@ -355,13 +355,24 @@ def test_no_displayed_formula_is_cut_on_paper(session, html, address, pages):
 
 
 def test_a_formula_that_paper_cuts_is_seen(session, address):
-    """Without the measure that print.js takes formulas have the size that they have on a screen."""
+    """Without the width that formulas.js measures all formulas keep their size."""
     shown(session, address + "chapters/02_uniform_rate.html")
     style = "<style>mjx-math { --tokcx-width: 1 !important }</style>"
     session.run("document.head.insertAdjacentHTML('beforeend', arguments[0])", style)
     with paper(session):
         cut, scale = session.run(WIDE)
     assert cut and scale == 1
+
+
+def test_a_formula_gets_a_little_smaller_before_it_scrolls(session, address):
+    shown(session, address + "chapters/02_uniform_rate.html")
+    scales = []
+    for width in (390, 1200, 1920):
+        window(session, width)
+        cut, scale = session.run(WIDE)
+        scales.append(scale)
+        assert scale == pytest.approx(0.8) if cut else 0.8 < scale <= 1
+    assert min(scales) == pytest.approx(0.8) and scales == sorted(scales)
 
 
 @pytest.mark.parametrize("page", ["chapters/01_attention_on_measures.html", "book/reference/claims.html"])
