@@ -1,9 +1,11 @@
 """What a reader sees on the built pages: no bare TeX, no sentence that Markdown took for something else.
 
-And, in a browser, on a phone, on a desktop and on paper: no formula cut, no full stop alone on its line, dark on light.
+And, in a browser, on a phone, on a desktop and on paper: no formula cut, no full stop alone on its line, and all text
+readable on its ground, in light and in dark mode.
 """
 
 import re
+from contextlib import contextmanager
 
 import pytest
 import yaml
@@ -202,7 +204,8 @@ for (const formula of document.querySelectorAll(".bd-article span.math")) {
 }
 return found.map((fault) => fault.join(": "));
 """
-# Text of the article that is hard to read: against what is behind it, and against paper, as browsers print no grounds.
+# The lowest contrast of each kind of text in the article, against the ground that is shown behind it or, if asked so,
+# against that or white, whichever is worse: browsers print no grounds, if they are not told to.
 CONTRAST = """
 const rgba = (text) => { const [r, g, b, a = 1] = text.match(/[\\d.]+/g).map(Number); return [r, g, b, a]; };
 const over = ([r, g, b, a], ground) => [r, g, b].map((v, i) => a * v + (1 - a) * ground[i]);
@@ -210,16 +213,19 @@ const light = (colour) => {
     const [r, g, b] = colour.map((v) => v / 255).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 };
-const contrast = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + 0.05) / (y + 0.05);
-}; const ground = (e) => (e ? over(rgba(getComputedStyle(e).backgroundColor), ground(e.parentElement)) : [255, 255,
-255]); const worst = {};
+const contrast = (a, b) => {
+    const [x, y] = [light(a), light(b)].sort((p, q) => q - p);
+    return (x + 0.05) / (y + 0.05);
+};
+const WHITE = [255, 255, 255], UNREAD = "button, .headerlink, .toggle-button, mjx-assistive-mml";
+const ground = (e) => (e ? over(rgba(getComputedStyle(e).backgroundColor), ground(e.parentElement)) : WHITE);
+const worst = {};
 for (const e of document.querySelectorAll(":is(.bd-article, #jb-print-docs-body) *")) {
     const box = e.getBoundingClientRect();
-    if (!box.width || getComputedStyle(e).visibility == "hidden" || e.closest("button, .headerlink, .toggle-button,
-    mjx-assistive-mml")) continue; const says = e.tagName == "MJX-C" || [...e.childNodes].some((n) => n.nodeType == 3 &&
-    n.data.trim()); if (!says) continue;
+    if (!box.width || getComputedStyle(e).visibility == "hidden" || e.closest(UNREAD)) continue;
+    if (e.tagName != "MJX-C" && ![...e.childNodes].some((n) => n.nodeType == 3 && n.data.trim())) continue;
     const kind = e.closest("mjx-container") ? "formula" : e.closest("pre") ? "pre" : e.tagName.toLowerCase();
-    for (const behind of [ground(e), [255, 255, 255]]) {
+    for (const behind of arguments[0] ? [ground(e), WHITE] : [ground(e)]) {
         const found = contrast(over(rgba(getComputedStyle(e).color), behind), behind);
         if (!(found >= worst[kind]?.[0])) worst[kind] = [found, e.textContent.trim().slice(0, 40)];
     }
@@ -270,21 +276,111 @@ def test_a_box_that_cuts_is_seen(session, address):
     assert {fault.split(": ")[0] for fault in found} >= {"cut", ". alone on its line", ", alone on its line"}
 
 
+def faint(session, white: bool = False) -> dict[str, list]:
+    """Kinds of text whose contrast is below the 4.5 that WCAG asks for, each with the worst of its texts."""
+    worst = session.run(CONTRAST, white)
+    assert worst, "no text"
+    return {kind: found for kind, found in worst.items() if found[0] < 4.5}
+
+
+# Links on the tints of theorems, boxes and rows, those of the index too.
+TINTED = "book/intro.html book/reference/claims.html book/teaching/plan.html chapters/0[13]_*.html prf-prf.html"
+
+
+@pytest.mark.parametrize("pages", [TINTED, pytest.param("**/*.html", marks=pytest.mark.slow)])
+def test_text_is_readable_on_its_ground(session, html, address, pages):
+    window(session, 1280)
+    found = []
+    paths = {path for pattern in pages.split() for path in html.glob(pattern) if "_static" not in path.parts}
+    assert len(paths) >= 6
+    for path in sorted(paths):
+        shown(session, address + path.relative_to(html).as_posix())
+        for mode in ("light", "dark"):
+            session.run("document.documentElement.dataset.theme = arguments[0]", mode)
+            found += [(path.stem, mode, *fault) for fault in faint(session).items()]
+    assert not found, "\n".join(map(str, found))
+
+
+def test_a_link_too_light_for_its_ground_is_seen(session, address):
+    """The theme's own blue, which is meant for a white page, in a box."""
+    window(session, 1280)
+    shown(session, address + "chapters/03_moment_rate.html")
+    session.run("document.documentElement.dataset.theme = 'light'")
+    assert faint(session) == {}
+    session.run("document.documentElement.style.setProperty('--pst-color-link', 'var(--pst-color-primary)')")
+    assert set(faint(session)) >= {"a"}
+
+
+# ------------------------------------------------------------- paper
+
+PRINTED = "return new Promise((done) => requestAnimationFrame(() => setTimeout(done, 50)))"
+# Displayed formulas that are wider than their place, and how small the smallest is beside the others.
+WIDE = """
+const size = (e) => parseFloat(getComputedStyle(e).fontSize), cut = [];
+let scale = 1;
+for (const formula of document.querySelectorAll('.bd-article mjx-container[display="true"] > mjx-math')) {
+    const box = formula.parentElement;
+    if (formula.getBoundingClientRect().width > box.clientWidth + 1) cut.push(box.textContent);
+    scale = Math.min(scale, size(formula) / size(box));
+}
+return [cut, scale];
+"""
+
+
+@contextmanager
+def paper(session):
+    """A page as it is printed, on paper that is 7.7 inches wide between its margins."""
+    window(session, 739)
+    try:
+        session.command("Emulation.setEmulatedMedia", media="print")
+        session.run(PRINTED)
+        yield
+    finally:
+        session.command("Emulation.setEmulatedMedia", media="")
+    session.run(PRINTED)
+
+
+@pytest.mark.parametrize("pages", ["chapters/0[26]_*.html", pytest.param("**/*.html", marks=pytest.mark.slow)])
+def test_no_displayed_formula_is_cut_on_paper(session, html, address, pages):
+    found, scales = [], []
+    paths = [path for path in sorted(html.glob(pages)) if "_static" not in path.parts]
+    for path in paths:
+        shown(session, address + path.relative_to(html).as_posix())
+        with paper(session):
+            cut, scale = session.run(WIDE)
+        found += [(path.stem, words) for words in cut]
+        scales.append(scale)
+    assert not found, "\n".join(map(str, found))
+    assert 0.7 < min(scales) < 1, "a formula set much smaller than the others should be broken into lines"
+
+
+def test_a_formula_that_paper_cuts_is_seen(session, address):
+    """Without the width that formulas.js measures all formulas keep their size."""
+    shown(session, address + "chapters/02_uniform_rate.html")
+    style = "<style>mjx-math { --tokcx-width: 1 !important }</style>"
+    session.run("document.head.insertAdjacentHTML('beforeend', arguments[0])", style)
+    with paper(session):
+        cut, scale = session.run(WIDE)
+    assert cut and scale == 1
+
+
+def test_a_formula_gets_a_little_smaller_before_it_scrolls(session, address):
+    shown(session, address + "chapters/02_uniform_rate.html")
+    scales = []
+    for width in (390, 1200, 1920):
+        window(session, width)
+        cut, scale = session.run(WIDE)
+        scales.append(scale)
+        assert scale == pytest.approx(0.8) if cut else 0.8 < scale <= 1
+    assert min(scales) == pytest.approx(0.8) and scales == sorted(scales)
+
+
 @pytest.mark.parametrize("page", ["chapters/01_attention_on_measures.html", "book/reference/claims.html"])
 def test_a_page_in_dark_mode_prints_dark_on_light(session, address, page):
     window(session, 1280)
     shown(session, address + page)
     session.run("document.documentElement.dataset.theme = 'dark'")
-    assert min(value for value, _ in session.run(CONTRAST).values()) < 4.5, (
-        "in dark mode text is light, and paper white"
-    )
-    try:
-        session.command("Emulation.setEmulatedMedia", media="print")
-        session.run("return new Promise((done) => requestAnimationFrame(() => setTimeout(done, 50)))")
-        worst = session.run(CONTRAST)
-    finally:
-        session.command("Emulation.setEmulatedMedia", media="")
-    assert {"p", "h1", "h2", "a", "formula"} <= set(worst)
-    assert {kind: found for kind, found in worst.items() if found[0] < 4.5} == {}
-    session.run("return new Promise((done) => requestAnimationFrame(() => setTimeout(done, 50)))")
+    assert faint(session, white=True), "in dark mode text is light, and paper white"
+    with paper(session):
+        assert faint(session, white=True) == {}
     assert session.run("return document.documentElement.dataset.theme") == "dark"
