@@ -277,7 +277,9 @@ def arguments(name: str) -> dict:
     """Arguments of the public function `name`, by the names of its parameters: all of them."""
     function = public_functions()[name]
     module, *rest = name.split(".")
-    known = MODULES[module] | FUNCTIONS.get(name, {})
+    known = MODULES.get(module, {}) | FUNCTIONS.get(name, {})
+    if module == "laws" and rest[0] not in LAWS:
+        raise LookupError(f"{name}: no example of this law in LAWS of tests/catalogue.py")
     if module == "laws" and len(rest) == 1:
         known = LAWS[rest[0]]
     found = {}

@@ -360,6 +360,8 @@ Done.
             "solution-start} ex-oen",
             ["exercise ex-one has no solution", "has a solution of ex-oen, which is no exercise here"],
         ),
+        (["ex-one"], "Done.", 'check.exercise(\n    "ex-two", 1)', ["the solution of ex-one checks ex-two"]),
+        (["ex-one"], "Done.", 'check.exercise("ex-one", 1)', []),
         (
             ["ex-one"],
             EXERCISE,

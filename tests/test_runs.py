@@ -2,8 +2,10 @@
 
 import errno
 import fcntl
+import importlib
 import json
 import os
+import pkgutil
 import random
 import signal
 import subprocess
@@ -16,7 +18,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tokcx_lib import cli, records, runtime
+from tokcx_lib import cli, records, runtime, studies
 from tokcx_lib.sampling import sweeps
 from tokcx_lib.studies import registry, runs
 from tokcx_lib.studies.registry import EXPERIMENTS
@@ -50,6 +52,14 @@ SMALL = runs.Experiment(plan, ("replicate",), {"replicates": 12, "seed": 3, "pau
 
 def table_of(path):
     return Path(path).read_bytes()
+
+
+def test_every_study_with_experiments_is_in_the_registry():
+    found = {}
+    for module in pkgutil.walk_packages(studies.__path__, "tokcx_lib.studies."):
+        if not module.name.endswith((".registry", ".runs")):
+            found |= getattr(importlib.import_module(module.name), "EXPERIMENTS", {})
+    assert found == EXPERIMENTS
 
 
 def test_a_run_makes_a_record_that_verifies(tmp_path):

@@ -284,6 +284,9 @@ def bad_place(path: Path, root: Path) -> list[str]:
     problems += [f"{name} has a check {one}, which is no exercise here" for one in checked if one not in exercises]
     problems += [f"exercise {one} has no solution" for one in exercises if one not in solutions]
     problems += [f"has a solution of {one}, which is no exercise here" for one in solutions if one not in exercises]
+    for one, cells in re.findall(r"^```\{solution-start\} (\S+)$(.*?)^```\{solution-end\}$", text, flags=re.M | re.S):
+        asked = set(re.findall(r"check\.exercise\(\s*[\"']([^\"']+)", cells)) - {one}
+        problems += [f"the solution of {one} checks {other}" for other in sorted(asked)]
     return problems + [f"label {one} is there twice" for one in sorted(set(exercises)) if exercises.count(one) > 1]
 
 

@@ -1,4 +1,4 @@
-"""Token ids drawn from a text for experiments: random windows of it, or passages spread evenly over it.
+"""Token ids drawn from a text, such as Wikipedia: random windows of it, or passages spread evenly over it.
 
 Windows stand for independent pieces of a text: each fills the context of the model once, and two experiments that take
 different stretches of one random order share none. Passages keep the order of the text, for what depends on it.
