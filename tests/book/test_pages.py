@@ -292,6 +292,7 @@ def test_text_is_readable_on_its_ground(session, html, address, pages):
     window(session, 1280)
     found = []
     paths = {path for pattern in pages.split() for path in html.glob(pattern) if "_static" not in path.parts}
+    paths -= {html / "index.html", html / "search.html"}  # one leads to another page at once, the other has no text yet
     assert len(paths) >= 6
     for path in sorted(paths):
         shown(session, address + path.relative_to(html).as_posix())
