@@ -260,7 +260,7 @@ FUNCTIONS: dict[str, dict] = {
     "fits.fit_slopes": {"table": pd.concat([_table().assign(half=h) for h in (0, 1)])},
     "rates.exponent": {},
     "softmax_law.self_moments": {"t": 1.5},
-    "theory.influence_covariance": {"correlation": [0.5, 0.1]},
+    "theory.pair_covariance": {"correlation": [0.5, 0.1]},
     "theory.top_mass": {"k": [1, 5]},
     "theory.frozen_missing_mass": {"k": [1, 5]},
     "streaming.prefix_moments": SAME,

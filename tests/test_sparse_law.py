@@ -53,7 +53,7 @@ def test_the_covariance_of_two_influences():
     t = torch.tensor([load, 0.0, 0.0], dtype=torch.float64)
     a, b = (torch.exp(x @ t - load**2 / 2)[:, None] * (x - t) for x in (y, z))
     product = (a * b).sum(1)
-    expected = float(theory.influence_covariance(load, d, r))
+    expected = float(theory.pair_covariance(load, d, r))
     assert abs(product.mean().item() - expected) < 4.5 * product.std().item() / len(y) ** 0.5
     assert expected > 10 * product.std().item() / len(y) ** 0.5
 
@@ -63,7 +63,7 @@ def test_variance_of_a_mean_of_serial_influences():
     load, d, r = 1.2, 5, 0.7
     for count, stride in ((1, 1), (6, 1), (6, 3)):
         pairs = [
-            theory.influence_covariance(load, d, r ** (stride * abs(i - j))) for i in range(count) for j in range(count)
+            theory.pair_covariance(load, d, r ** (stride * abs(i - j))) for i in range(count) for j in range(count)
         ]
         assert theory.mean_variance(load, d, r, count, stride) == pytest.approx(sum(pairs) / count**2 / d)
     long = theory.mean_variance(load, d, r, 200_000) * 200_000

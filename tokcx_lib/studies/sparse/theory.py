@@ -94,7 +94,7 @@ def subset_error(load: float, dim: int, budget, n: float) -> np.ndarray:
 # ------------------------------------------------------------ serial dependence
 
 
-def influence_covariance(load: float, dim: int, correlation) -> np.ndarray:
+def pair_covariance(load: float, dim: int, correlation) -> np.ndarray:
     """tr Cov of the influences of two keys whose correlation is r: e^{r s^2} (r d + r^2 s^2).
 
     The influence of a key y on attention at the tilt t, |t| = s, is e^{<t, y> - s^2/2} (y - t).
@@ -116,10 +116,10 @@ def mean_variance(load: float, dim: int, correlation: float, count: int, stride:
         raise ValueError(f"stride: expected an integer where the correlation is negative, got {stride}")
     count = as_count("count", count, most=10**8)
     if count == 1:
-        return float(influence_covariance(load, dim, 1.0)) / dim
+        return float(pair_covariance(load, dim, 1.0)) / dim
     gaps = np.arange(1, count)
-    between = influence_covariance(load, dim, correlation ** (stride * gaps))
-    return float(influence_covariance(load, dim, 1.0) + 2 * ((1 - gaps / count) * between).sum()) / (count * dim)
+    between = pair_covariance(load, dim, correlation ** (stride * gaps))
+    return float(pair_covariance(load, dim, 1.0) + 2 * ((1 - gaps / count) * between).sum()) / (count * dim)
 
 
 def inflation(load: float, dim: int, correlation: float) -> float:
@@ -131,8 +131,8 @@ def inflation(load: float, dim: int, correlation: float) -> float:
     if not -1 < as_number("correlation", correlation) < 1:
         raise ValueError(f"correlation: expected a number strictly between -1 and 1, got {correlation}")
     lags = math.ceil(40 / max(-math.log(max(abs(correlation), 1e-17)), 1e-9))
-    terms = influence_covariance(load, dim, correlation ** np.arange(1, lags + 1))
-    return 1 + 2 * float(terms.sum()) / float(influence_covariance(load, dim, 1.0))
+    terms = pair_covariance(load, dim, correlation ** np.arange(1, lags + 1))
+    return 1 + 2 * float(terms.sum()) / float(pair_covariance(load, dim, 1.0))
 
 
 def window_mean(x: Tensor, t: Tensor, correlation: float, lags) -> Tensor:
