@@ -1,4 +1,4 @@
-"""What the attention of any model reads: queries, keys and values of every layer, as the model itself makes them.
+"""What the attention of most models reads: queries, keys and values of every layer, as the model itself makes them.
 
 A head needs no bilinear form: it is a law of triples (query, key, value), and nearly every model of transformers hands
 over exactly that, at one place, its *attention interface*. `capture` puts a function of ours there, which notes what
