@@ -112,16 +112,23 @@ def test_what_layers_add_to_softmax_is_noted():
     assert all(each.sinks is not None for each in with_sinks)
     causal = captured(*small("llama"))[0][0]
     unseen = torch.ones(12, 12, dtype=torch.bool).triu(1)
-    assert (causal.bias[..., unseen] < -1e30).all() and (causal.bias[..., ~unseen] == 0).all()
+    assert causal.causal and (causal.seen() == ~unseen).all()
+    assert (causal.logits()[..., unseen] == -torch.inf).all() and causal.logits()[..., ~unseen].isfinite().all()
     windowed = captured(*small("mistral"))[0][0]
     near = torch.ones(12, 12, dtype=torch.bool).tril().triu(-4)
-    assert ((windowed.bias == 0) == near).all()
-    assert captured(*small("bert"))[0][0].bias is None
+    assert windowed.causal and (windowed.seen() == near).all()
+    rows = torch.tensor([3, 11])
+    for each in (causal, windowed, capped, with_sinks[0]):
+        assert (each.seen(rows) == each.seen()[..., rows, :]).all()
+        assert torch.allclose(each.logits(rows), each.logits()[..., rows, :])
+    both = captured(*small("bert"))[0][0]
+    assert not both.causal and both.seen().all()
 
 
 def test_a_position_bias_is_noted_and_attention_to_an_encoder_is_left_out():
     found = captured(*small("t5"))[0]
-    assert len(found) == 4 and all(each.bias is not None for each in found)  # two of the encoder, two of the decoder
+    assert len(found) == 4  # two of the encoder, two of the decoder
+    assert all(each.position is not None for each in found)
 
 
 @pytest.mark.parametrize("fault", ["scale", "causality", "groups", "cap", "sinks"])
@@ -136,7 +143,7 @@ def test_a_wrong_capture_does_not_pass(fault):
     each = captured(model, inputs)[0][0]
     wrong = {
         "scale": lambda: {"q": each.q * each.q.shape[-1] ** 0.5},
-        "causality": lambda: {"bias": None},
+        "causality": lambda: {"mask": None, "causal": False},
         "groups": lambda: {"k": each.k.flip(1)},
         "cap": lambda: {"cap": None},
         "sinks": lambda: {"sinks": None},
