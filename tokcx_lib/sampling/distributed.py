@@ -52,6 +52,16 @@ def barrier() -> None:
         dist.all_reduce(torch.zeros(1))
 
 
+def gather(value: Item) -> list[Item]:
+    """What each rank has, in order of rank, on every rank."""
+    if world() == 1:
+        return [value]
+    _start()
+    found: list = [None] * world()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def merge_ranks(state: Partial | None, q: Tensor) -> Partial:
     """Attention over the keys of all ranks, on every rank, from the state that each has for its own.
 

@@ -1,0 +1,229 @@
+"""A model in context: how much of its past each head needs, from late queries that read the keys they really have.
+
+Any model that hands over queries, keys and values (`models.capture`) can be probed, whatever its positions,
+normalisations, masks and windows. The text is cut into windows that fill the context, and each is read once; windows
+stand for independent pieces of the text, and intervals are over them. `probe.queries` says what is noted of a layer,
+`probe.policies` how the errors of a query that reads some of its keys are found.
+
+With a folder for checkpoints, a probe that is killed goes on from its last whole window with the same numbers. Under
+torchrun the windows are dealt out to the ranks.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from tokcx_lib import checkpoints, records, runtime
+from tokcx_lib.models import architectures
+from tokcx_lib.models.capture import Attention, capture
+from tokcx_lib.models.loading import TextModel
+from tokcx_lib.probe.policies import POLICIES, jackknife, keys_needed, lengths_up_to
+from tokcx_lib.probe.predictions import drawn_errors
+from tokcx_lib.probe.queries import late_queries, load_and_effective, notes, queries_with
+from tokcx_lib.sampling import distributed
+from tokcx_lib.theory import budgets
+
+SHOWN = tuple(4**k for k in range(3, 16))  # 64, 256, 1024 …: numbers of keys that have columns of their own
+PLAN = "plan.json"
+
+
+def probe_in_context(
+    model: TextModel,
+    ids: np.ndarray,
+    context: int,
+    windows: int,
+    queries: int,
+    error: float,
+    layers: Sequence[int] | None = None,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    plan: bytes = b"",
+) -> pd.DataFrame:
+    """What the heads of a model do with the keys that their queries have: one row a head.
+
+    Parameters
+    ----------
+    model : from `loading.load_model`; ids : token ids (n,), at least windows x context, special tokens apart.
+    context : tokens that the model sees at once, its special tokens included; windows : how many of them to read.
+    queries : late queries of each window, evenly spread over its last eighth (over all of it in an encoder).
+    error : root mean square error, in units of the spread of the values, that the budgets are for.
+    layers : default all; seed : of the keys that are drawn.
+    checkpoint : folder for the windows that are done, None for none; plan : what they belong to.
+
+    Returns
+    -------
+    DataFrame
+        layer, head, group (whose keys it reads); window, if any layer has a sliding one; then of the late queries keys
+        (the median number that they see), load, load_05, load_95, load_with_first, reduced, phase, effective and
+        share_first, share_near, share_own; load_N and effective_N of queries with N = 64, 256, 1024, … keys, if they
+        look back alone; error_POLICY_N and, where N is at most a quarter of the keys, law_N, the error of keys drawn at
+        random that the exact law has at the same loads; keys_POLICY, with keys_POLICY_low and keys_POLICY_high.
+        `attrs` has seconds_model and seconds_statistics, which do not add up over ranks.
+
+    Raises
+    ------
+    ValueError
+        If a layer does not exist, or the model computes its attention itself.
+    """
+    before, after = architectures.special_tokens(architectures.base_model(model).config, model.tokenizer)
+    width = context - len(before) - len(after)
+    blocks = ids[: windows * width].reshape(windows, width)
+    store = _Store(checkpoint, plan)
+    mine: dict[int, dict[str, np.ndarray]] = {}
+    for window in tqdm(distributed.shard(range(windows)), unit=" windows", desc="probe", leave=False):
+        found = store.load(window)
+        if found is None:
+            found = _read(
+                model, [*before, *blocks[window], *after], len(before), width, queries, layers, (seed, window)
+            )
+            store.save(window, found)
+        mine[window] = found
+    every = {window: found for part in distributed.gather(mine) for window, found in part.items()}
+    return _table([every[window] for window in range(windows)], error)
+
+
+def _read(model, ids, text: range, queries: int, layers, keys) -> dict[str, np.ndarray]:
+    """What is noted of all layers in one window, whose text is at some places: arrays by name, "LAYER NOTE"."""
+    base = architectures.base_model(model)
+    device, size = next(base.parameters()).device, len(ids)
+    lengths = lengths_up_to(size)
+    draws = torch.rand(queries, size, generator=runtime.stream(*keys)).to(device)
+    parts: dict[str, list[np.ndarray]] = {}
+    spent = 0.0
+
+    def keep(layer: int, note: str, array: np.ndarray) -> None:
+        parts.setdefault(f"{layer} {note}", []).append(array)
+
+    def read(attention: Attention) -> None:
+        nonlocal spent
+        began = time.monotonic()
+        layer = attention.layer
+        if layers is not None and layer > max(layers):
+            raise _Reached
+        if layers is None or layer in layers:
+            rows = late_queries(text, attention.causal, queries).to(device)
+            for note, array in notes(attention, rows, draws[: len(rows)], lengths).items():
+                keep(layer, note, array)
+            heads, groups = attention.q.shape[1], attention.k.shape[1]
+            already = sum(len(np.unique(array)) for array in parts.get(f"{layer} group", []))  # of an earlier call
+            keep(layer, "group", already + np.arange(heads) // (heads // groups))
+            keep(layer, "window", np.full(heads, attention.window or math.nan))
+            for n in (n for n in SHOWN if n < size and attention.causal):
+                rows = queries_with(n, text, queries).to(device)
+                for note, array in load_and_effective(attention, rows).items():
+                    keep(layer, f"{note}_{n}", array)
+        spent += time.monotonic() - began
+
+    began = time.monotonic()
+    with torch.inference_mode(), capture(base, read):
+        try:
+            inputs = torch.tensor([ids], device=device)
+            # A decoder would keep the keys and values of every layer for a continuation that never comes.
+            options = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
+            base(inputs, **options)
+        except _Reached:
+            pass
+    found = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    seconds = np.array([time.monotonic() - began - spent, spent])
+    return found | {"seconds": seconds, "lengths": np.array(lengths)}
+
+
+class _Reached(Exception):
+    """Raised in the forward pass once the last layer asked for has been read: what follows is not needed."""
+
+
+class _Store:
+    """A folder for the windows of a plan that are done; without a folder, nothing is found and nothing kept."""
+
+    def __init__(self, folder: Path | None, plan: bytes):
+        self.folder, self.plan = folder, plan
+        if folder is not None and distributed.rank() == 0:
+            if not (folder / PLAN).is_file() or (folder / PLAN).read_bytes() != plan:
+                discard_windows(folder)
+                folder.mkdir(parents=True, exist_ok=True)
+                records.write_whole(folder / PLAN, plan)
+        distributed.barrier()
+
+    def load(self, window: int) -> dict[str, np.ndarray] | None:
+        """A window that is done; None if it is not, or its file is damaged: it is then read again."""
+        if self.folder is None:
+            return None
+        try:
+            return checkpoints.unpack(checkpoints.read(self._path(window), self.plan)[0])
+        except (OSError, ValueError):
+            return None
+
+    def save(self, window: int, found: dict[str, np.ndarray]) -> None:
+        if self.folder is not None:
+            checkpoints.write(self._path(window), checkpoints.pack(found), self.plan, note=f"window {window}")
+
+    def _path(self, window: int) -> Path:
+        return self.folder / f"window_{window:05}.npz"
+
+
+def discard_windows(folder: Path) -> None:
+    """Remove a folder of checkpoints, with what `probe_in_context` wrote there."""
+    for path in [*folder.glob("window_*.npz*"), folder / PLAN, folder / f"{PLAN}.tmp"]:
+        path.unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+# ---- the table ----
+
+
+def _table(windows: list[dict[str, np.ndarray]], error: float) -> pd.DataFrame:
+    lengths = windows[0]["lengths"].tolist()
+    by_layer: dict[int, dict[str, np.ndarray]] = {}
+    for name in (name for name in windows[0] if " " in name):
+        layer, note = name.split()
+        by_layer.setdefault(int(layer), {})[note] = np.stack([window[name] for window in windows])
+    table = pd.DataFrame([row for layer in sorted(by_layer) for row in _rows(layer, by_layer[layer], lengths, error)])
+    if "window" in table and table["window"].isna().all():
+        table = table.drop(columns="window")
+    table.attrs = {
+        f"seconds_{part}": float(sum(window["seconds"][i] for window in windows))
+        for i, part in enumerate(("model", "statistics"))
+    }
+    return table
+
+
+def _rows(layer: int, found: dict[str, np.ndarray], lengths: list[int], error: float) -> Iterator[dict]:
+    """The rows of a layer, from what was noted of it: arrays (windows, heads, queries or lengths)."""
+    for head in range(found["group"].shape[1]):
+        yield _row(layer, head, {note: array[:, head] for note, array in found.items()}, lengths, error)
+
+
+def _row(layer: int, head: int, noted: dict[str, np.ndarray], lengths: list[int], error: float) -> dict:
+    """The row of a head, from arrays (windows, queries or lengths)."""
+    keys, load = np.median(noted["keys"]), np.median(noted["load"])
+    row = {"layer": layer, "head": head, "group": int(noted["group"][0]), "window": noted["window"][0], "keys": keys}
+    row |= {"load": load, "load_05": np.quantile(noted["load"], 0.05), "load_95": np.quantile(noted["load"], 0.95)}
+    row |= {"load_with_first": np.median(noted["load_with_first"])}
+    row |= {"reduced": load / math.sqrt(2 * math.log(keys)), "phase": budgets.phase(load, keys)}
+    row |= {"effective": np.median(noted["effective"])}
+    row |= {f"share_{where}": noted[f"share_{where}"].mean() for where in ("first", "near", "own")}
+    shown = [n for n in SHOWN if n < lengths[-1]]
+    for n in shown:
+        if f"load_{n}" in noted:
+            row |= {f"{note}_{n}": np.median(noted[f"{note}_{n}"]) for note in ("load", "effective")}
+    for policy in POLICIES:
+        squares = noted[f"squares_{policy}"].mean(0)
+        row |= {f"error_{policy}_{n}": math.sqrt(squares[lengths.index(n)]) for n in shown}
+    comparable = [n for n in shown if n <= keys / 4]  # beyond that, the end of the past makes errors fall faster
+    law = drawn_errors(comparable, noted["load"], noted["along"]) if comparable else ()
+    row |= dict.fromkeys((f"law_{n}" for n in shown), math.nan) | {f"law_{n}": e for n, e in zip(comparable, law)}
+    for policy in POLICIES:
+        needed = jackknife(lambda windows: keys_needed(lengths, windows.mean(0), error), noted[f"squares_{policy}"])
+        for suffix, number in zip(("", "_low", "_high"), needed):
+            row[f"keys_{policy}{suffix}"] = np.clip(number, 1.0, keys)
+    return row
