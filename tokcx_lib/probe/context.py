@@ -77,14 +77,13 @@ def probe_in_context(
     before, after = architectures.special_tokens(architectures.base_model(model).config, model.tokenizer)
     width = context - len(before) - len(after)
     blocks = ids[: windows * width].reshape(windows, width)
+    inside = range(len(before), len(before) + width)
     store = _Store(checkpoint, plan)
     mine: dict[int, dict[str, np.ndarray]] = {}
     for window in tqdm(distributed.shard(range(windows)), unit=" windows", desc="probe", leave=False):
         found = store.load(window)
         if found is None:
-            found = _read(
-                model, [*before, *blocks[window], *after], len(before), width, queries, layers, (seed, window)
-            )
+            found = _read(model, [*before, *blocks[window], *after], inside, queries, layers, (seed, window))
             store.save(window, found)
         mine[window] = found
     every = {window: found for part in distributed.gather(mine) for window, found in part.items()}
