@@ -28,7 +28,7 @@ from tokcx_lib.models.capture import Attention, capture
 from tokcx_lib.models.loading import TextModel
 from tokcx_lib.probe.policies import POLICIES, jackknife, keys_needed, lengths_up_to
 from tokcx_lib.probe.predictions import drawn_errors
-from tokcx_lib.probe.queries import late_queries, load_and_effective, notes, queries_with
+from tokcx_lib.probe.queries import layer_notes
 from tokcx_lib.sampling import distributed
 from tokcx_lib.theory import budgets
 
@@ -79,60 +79,52 @@ def probe_in_context(
     blocks = ids[: windows * width].reshape(windows, width)
     inside = range(len(before), len(before) + width)
     store = _Store(checkpoint, plan)
-    mine: dict[int, dict[str, np.ndarray]] = {}
-    for window in tqdm(distributed.shard(range(windows)), unit=" windows", desc="probe", leave=False):
-        found = store.load(window)
-        if found is None:
-            found = _read(model, [*before, *blocks[window], *after], inside, queries, layers, (seed, window))
-            store.save(window, found)
-        mine[window] = found
+    mine = {window: store.load(window) for window in distributed.shard(range(windows))}
+    left = [window for window, found in mine.items() if found is None]
+    count = getattr(architectures.base_model(model).config, "num_hidden_layers", 1) if layers is None else len(layers)
+    with tqdm(total=len(left) * count, unit=" layers", desc="probe", leave=False) as bar:
+        for window in left:
+            mine[window] = _read(
+                model, [*before, *blocks[window], *after], inside, queries, layers, (seed, window), bar
+            )
+            store.save(window, mine[window])
     every = {window: found for part in distributed.gather(mine) for window, found in part.items()}
     return _table([every[window] for window in range(windows)], error)
 
 
-def _read(model, ids, text: range, queries: int, layers, keys) -> dict[str, np.ndarray]:
+def _read(model, ids, text: range, queries: int, layers, keys, bar) -> dict[str, np.ndarray]:
     """What is noted of all layers in one window, whose text is at some places: arrays by name, "LAYER NOTE"."""
     base = architectures.base_model(model)
-    device, size = next(base.parameters()).device, len(ids)
-    lengths = lengths_up_to(size)
-    draws = torch.rand(queries, size, generator=runtime.stream(*keys)).to(device)
-    parts: dict[str, list[np.ndarray]] = {}
+    device, lengths = next(base.parameters()).device, lengths_up_to(len(ids))
+    draws = torch.rand(queries, len(ids), generator=runtime.stream(*keys)).to(device)
+    noted: dict[int, list[dict[str, np.ndarray]]] = {}  # some models have two attentions in a layer
     spent = 0.0
-
-    def keep(layer: int, note: str, array: np.ndarray) -> None:
-        parts.setdefault(f"{layer} {note}", []).append(array)
 
     def read(attention: Attention) -> None:
         nonlocal spent
-        began = time.monotonic()
-        layer = attention.layer
-        if layers is not None and layer > max(layers):
+        if layers is not None and attention.layer > max(layers):
             raise _Reached
-        if layers is None or layer in layers:
-            rows = late_queries(text, attention.causal, queries).to(device)
-            for note, array in notes(attention, rows, draws[: len(rows)], lengths).items():
-                keep(layer, note, array)
-            heads, groups = attention.q.shape[1], attention.k.shape[1]
-            already = sum(len(np.unique(array)) for array in parts.get(f"{layer} group", []))  # of an earlier call
-            keep(layer, "group", already + np.arange(heads) // (heads // groups))
-            keep(layer, "window", np.full(heads, attention.window or math.nan))
-            for n in (n for n in SHOWN if n < size and attention.causal):
-                rows = queries_with(n, text, queries).to(device)
-                for note, array in load_and_effective(attention, rows).items():
-                    keep(layer, f"{note}_{n}", array)
-        spent += time.monotonic() - began
+        if layers is None or attention.layer in layers:
+            began = time.monotonic()
+            with runtime.one_thread():
+                noted.setdefault(attention.layer, []).append(layer_notes(attention, text, draws, lengths, SHOWN))
+            spent += time.monotonic() - began
+            bar.update()
 
     began = time.monotonic()
     with torch.inference_mode(), capture(base, read):
         try:
-            inputs = torch.tensor([ids], device=device)
             # A decoder would keep the keys and values of every layer for a continuation that never comes.
             options = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
-            base(inputs, **options)
+            base(torch.tensor([ids], device=device), **options)
         except _Reached:
             pass
-    found = {name: np.concatenate(arrays) for name, arrays in parts.items()}
     seconds = np.array([time.monotonic() - began - spent, spent])
+    found = {
+        f"{layer} {note}": np.concatenate([each[note] for each in calls])
+        for layer, calls in noted.items()
+        for note in calls[0]
+    }
     return found | {"seconds": seconds, "lengths": np.array(lengths)}
 
 

@@ -8,6 +8,7 @@ heads of language models use it as a sink, and its logit is not one of a law. A 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,6 +41,24 @@ def _spread(places: range, count: int) -> Tensor:
     """Up to `count` of some places, evenly spread, with the last of them."""
     count = min(count, len(places))
     return torch.tensor([places[len(places) * (i + 1) // count - 1] for i in range(count)], dtype=torch.int64)
+
+
+def layer_notes(
+    attention: Attention, text: range, draws: Tensor, lengths: Sequence[int], shown: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """All that is noted of a layer in one window: float64 arrays, the first axis of which is the heads.
+
+    `notes` of late queries, as many as `draws` has rows; `load_N` and `effective_N` of queries with N keys, for each N
+    in `shown` below the size of the window, if a query sees no later key; group, whose keys a head reads, and window.
+    """
+    heads, groups, size = attention.q.shape[1], attention.k.shape[1], attention.k.shape[2]
+    rows = late_queries(text, attention.causal, len(draws)).to(draws.device)
+    found = notes(attention, rows, draws[: len(rows)], lengths)
+    found |= {"group": np.arange(heads) // (heads // groups), "window": np.full(heads, attention.window or math.nan)}
+    for n in (n for n in shown if n < size and attention.causal):
+        some = queries_with(n, text, len(draws)).to(draws.device)
+        found |= {f"{note}_{n}": array for note, array in load_and_effective(attention, some).items()}
+    return found
 
 
 def notes(attention: Attention, rows: Tensor, draws: Tensor, lengths: Sequence[int]) -> dict[str, np.ndarray]:
