@@ -88,7 +88,7 @@ def probe_in_context(
                 model, [*before, *blocks[window], *after], inside, queries, layers, (seed, window), bar
             )
             store.save(window, mine[window])
-    every = {window: found for part in distributed.gather(mine) for window, found in part.items()}
+    every = {window: found for part in distributed.gather_objects(mine) for window, found in part.items()}
     return _table([every[window] for window in range(windows)], error)
 
 

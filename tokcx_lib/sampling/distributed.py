@@ -52,7 +52,7 @@ def barrier() -> None:
         dist.all_reduce(torch.zeros(1))
 
 
-def gather(value: Item) -> list[Item]:
+def gather_objects(value: Item) -> list[Item]:
     """What each rank has, in order of rank, on every rank."""
     if world() == 1:
         return [value]
