@@ -21,7 +21,7 @@ from tokcx_lib import cli, records, runtime
 from tokcx_lib.models import corpora, heads, loading, tokenization
 from tokcx_lib.models.tokens import RunningMoments, collect_tokens, first_ids, layer_streams, token_moments, tokenize
 from tokcx_lib.probe import layers as probe_layers
-from tokcx_lib.probe import measure, report, resuming
+from tokcx_lib.probe import pooled, report, resuming
 from tokcx_lib.probe.predictions import predictions
 from tokcx_lib.sampling import streaming
 from tokcx_lib.theory import budgets, rates
@@ -46,7 +46,7 @@ def ids(minilm, text):
 
 @pytest.fixture(scope="module")
 def table(minilm, ids):
-    return measure.probe(minilm, ids, [0, 1], TOKENS, QUERIES)
+    return pooled.pooled_probe(minilm, ids, [0, 1], TOKENS, QUERIES)
 
 
 def test_moments_merge_to_those_of_all_tokens_far_from_zero():
@@ -117,7 +117,7 @@ def test_no_more_of_a_text_is_tokenised_than_it_takes(minilm, text, ids, monkeyp
 @pytest.mark.parametrize("layers", [[], [6], [-1]])
 def test_unknown_layers_are_named(minilm, ids, layers):
     with pytest.raises(ValueError, match="^layers: expected some of 0 to 5"):
-        measure.probe(minilm, ids, layers, 100)
+        pooled.pooled_probe(minilm, ids, layers, 100)
 
 
 class Killed(Exception):
@@ -141,15 +141,15 @@ def dies_after(batches, counter):
 @pytest.mark.parametrize("batches", [1, 3])  # among the queries, among the keys
 def test_a_killed_probe_goes_on_with_the_same_numbers(minilm, ids, table, batches, monkeypatch, tmp_path):
     monkeypatch.setattr(resuming, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(measure, "Checkpoint", _always(measure.Checkpoint))
+    monkeypatch.setattr(pooled, "Checkpoint", _always(pooled.Checkpoint))
     arguments = (minilm, ids, [0, 1], TOKENS, QUERIES)
     folder = tmp_path / "kept"
     before, after = [0], [0]
-    monkeypatch.setattr(measure, "layer_streams", dies_after(batches, before))
+    monkeypatch.setattr(pooled, "layer_streams", dies_after(batches, before))
     with pytest.raises(Killed):
-        measure.probe(*arguments, checkpoint=folder)
-    monkeypatch.setattr(measure, "layer_streams", dies_after(100, after))
-    resumed = measure.probe(*arguments, checkpoint=folder)
+        pooled.pooled_probe(*arguments, checkpoint=folder)
+    monkeypatch.setattr(pooled, "layer_streams", dies_after(100, after))
+    resumed = pooled.pooled_probe(*arguments, checkpoint=folder)
     assert resumed.to_csv() == table.to_csv()
     assert before[0] == batches and after[0] == 4 - batches  # two batches of either pass, none of them read twice
     resuming.discard_checkpoint(folder)
@@ -164,7 +164,7 @@ def _always(checkpoint):
 @pytest.mark.parametrize("damage", ["garbage", "cut", "no checksum", "another plan"])
 def test_a_checkpoint_that_is_damaged_or_another_probes_is_not_used(minilm, ids, damage, tmp_path, capsys):
     other = {"seed": 1} if damage == "another plan" else {}
-    measure.probe(minilm, ids, [0], 1000, 16, checkpoint=tmp_path, **other)
+    pooled.pooled_probe(minilm, ids, [0], 1000, 16, checkpoint=tmp_path, **other)
     state = tmp_path / "state.npz"
     content = state.read_bytes()
     if damage == "garbage":
@@ -174,8 +174,8 @@ def test_a_checkpoint_that_is_damaged_or_another_probes_is_not_used(minilm, ids,
         state.write_bytes(content[: len(content) // 2])
     elif damage == "no checksum":  # as states were before they had one
         state.write_bytes(content[: content.rindex(b"# ")])
-    found = measure.probe(minilm, ids, [0], 1000, 16, checkpoint=tmp_path)
-    assert found.to_csv() == measure.probe(minilm, ids, [0], 1000, 16).to_csv()
+    found = pooled.pooled_probe(minilm, ids, [0], 1000, 16, checkpoint=tmp_path)
+    assert found.to_csv() == pooled.pooled_probe(minilm, ids, [0], 1000, 16).to_csv()
     assert ("damaged" in capsys.readouterr().err) == (damage != "another plan")
 
 
@@ -192,7 +192,7 @@ def test_heads_with_rotary_positions_are_described_at_distances_too(minilm, ids,
         return [Rotary(h.layer, h.head, h.W_Q, h.W_K, h.W_V, None, h.scale) for h in heads.heads(model)[:2]]
 
     monkeypatch.setattr(probe_layers, "heads", rotary)
-    found = measure.probe(minilm, ids, [0], 1000, 16)
+    found = pooled.pooled_probe(minilm, ids, [0], 1000, 16)
     assert found["causal"].all()
     for distance in (64, 1024):
         for name in ("horizon", "load_median"):

@@ -170,8 +170,8 @@ def _probe_into(options: argparse.Namespace) -> None:
     from tokcx_lib.models.loading import load_model
     from tokcx_lib.models.tokens import first_ids
     from tokcx_lib.probe import report
-    from tokcx_lib.probe.measure import probe
     from tokcx_lib.probe.plan import default_context, plan
+    from tokcx_lib.probe.pooled import pooled_probe
     from tokcx_lib.probe.resuming import discard_checkpoint
 
     corpus = open_corpus(options.text)
@@ -186,7 +186,7 @@ def _probe_into(options: argparse.Namespace) -> None:
     if options.out and not options.force:
         report.require_unused(options.out, settings)
     try:
-        table = probe(model, ids, options.layers, checkpoint=checkpoint, **chosen)
+        table = pooled_probe(model, ids, options.layers, checkpoint=checkpoint, **chosen)
     except KeyboardInterrupt:
         then = "; the same command goes on from its last checkpoint" if checkpoint else ""
         print(f"tokcx: stopped{then}", file=sys.stderr)

@@ -1,11 +1,15 @@
-"""The study of one model on one text: the geometry of every head, from one pass over the tokens.
+"""The pooled law of a text: all keys of all windows that a model reads, as one law, and each head's geometry under it.
 
-Tokens are pooled over the windows that the model reads. The covariance stands where a bound would want the
-sub-Gaussian matrix, so H, Psi and the loads describe these tokens; they are not constants of a theorem.
+A query meets keys of every window, and every position: more keys than the model ever reads at once, but a law that
+more text only makes better known. Absolute positions are part of the tokens, so the law mixes them in the shares that
+they have in a window. Rotary ones belong to a pair, and a pool has none: all keys stand at one distance from the query.
 
-`probe` reads a text as a stream: one forward pass serves every layer and head, and what is kept (`probe.layers`) does
-not grow with the number of tokens. With a folder for checkpoints, a probe that is killed goes on from there with the
-same numbers (`probe.resuming`).
+The covariance stands where a bound would want the sub-Gaussian matrix, so H, Psi and the loads describe these tokens;
+they are not constants of a theorem.
+
+`pooled_probe` reads a text as a stream: one forward pass serves every layer and head, and what is kept
+(`probe.layers`) does not grow with the number of tokens. With a folder for checkpoints, a probe that is killed goes on
+from there with the same numbers (`probe.resuming`).
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from tokcx_lib.validation import as_count
 MOST_SEED = 2**63 - 2  # the next one has a stream of its own
 
 
-def probe(
+def pooled_probe(
     model: TextModel,
     text,
     layers: Sequence[int] | None = None,
