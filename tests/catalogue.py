@@ -61,6 +61,8 @@ MODULES_ELSEWHERE = {
 ELSEWHERE = {
     "runtime.one_thread": "takes nothing",
     "distributed.barrier": "takes nothing",
+    "distributed.gather": "hands on a tensor as it is",
+    "distributed.total": "hands on a tensor as it is",
     "distributed.local_rank": "takes nothing",
     "distributed.rank": "takes nothing",
     "distributed.shard": "takes any list",
@@ -211,7 +213,7 @@ MODULES: dict[str, dict] = {
               "x": normal(12, DIM), "keys": normal(9, DIM), "shifts": normal(12, DIM, seed=1),
               "queries": normal(4, DIM), "tokens": normal(20, DIM), "lengths": [5, 20], "split_most": 10,
               "horizons": [0.3, 0.5], "draws": [_binned(0), _binned(1)], "probes": normal(3)},
-    "distributed": {"state": _partial(), "q": normal(4, DIM), "blocks": _slices, "lengths": [3, 40]},
+    "distributed": {"state": _partial(), "q": normal(4, DIM), "blocks": _slices, "lengths": [3, 40], "device": "cpu"},
     "retrieval": {"embeddings": _unit(6, DIM), "index": _unit(5, DIM, seed=1), "count": 3, "share": 0.5,
                    "critical": normal(6, 4).abs(), "error": normal(6).abs(), "states": STATES,
                    "whole": [s + 0.1 for s in STATES], "text": torch.tensor([[True] * 5, [True] * 4 + [False]])},

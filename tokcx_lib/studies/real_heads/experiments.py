@@ -136,11 +136,11 @@ def real_heads_maps(config: dict, device) -> Plan:
         ]
         errors, floor = convergence.map_errors(segments)
         law = Gaussian(moments.cov, moments.mean)
-        half = geometry.root(moments.cov)
+        reach = geometry.reach(moments.cov)
         kept = {"floor": floor.sqrt().tolist(), "predicted": [], "value_spread": [], "horizon": [], "load_median": []}
         for head in chosen:
             kept["predicted"].append(np.sqrt(convergence.twin_map_error(head, queries, law, lengths)).tolist())
-            found = head_geometry(head, queries, moments.cov, half)
+            found = head_geometry(head, queries, moments.cov, reach)
             for name in ("value_spread", "horizon", "load_median"):
                 kept[name].append(found[name])
         rows = [
