@@ -11,7 +11,7 @@ from tokcx_lib import cli, records, runtime
 from tokcx_lib.models import loading
 from tokcx_lib.models.loading import TextModel
 from tokcx_lib.models.tokens import tokenize
-from tokcx_lib.probe import measure, plan, report
+from tokcx_lib.probe import plan, pooled, report
 from tokcx_lib.studies import runs
 from tokcx_lib.studies.registry import EXPERIMENTS
 
@@ -232,9 +232,9 @@ def test_the_bars_of_a_probe_count_each_token_once(minilm, monkeypatch):
         def update(self, n=1):
             counted[self.desc][1] += n
 
-    monkeypatch.setattr(measure, "tqdm", Bar)
+    monkeypatch.setattr(pooled, "tqdm", Bar)
     ids = tokenize(minilm, "Attention over a law of tokens. " * 200)
-    measure.probe(minilm, ids, [0], 600, 4, context=64)
+    pooled.pooled_probe(minilm, ids, [0], 600, 4, context=64)
     assert counted["tokens"] == [600, 600] and counted["heads"] == [12, 12]
     assert counted["queries"][0] == counted["queries"][1] <= 4 * 62
 

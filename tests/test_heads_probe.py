@@ -9,7 +9,7 @@ from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel, T5C
 from tokcx_lib import cli, runtime
 from tokcx_lib.models import corpora, heads, loading
 from tokcx_lib.models.tokens import collect_tokens, layer_streams, token_moments, token_stream, tokenize
-from tokcx_lib.probe import measure
+from tokcx_lib.probe import pooled
 from tokcx_lib.sampling import fits
 from tokcx_lib.theory import geometry, laws
 
@@ -125,7 +125,7 @@ def test_unsupported_architectures_are_named():
         (lambda m: layer_streams(m, "", [0]), "text"),
         (lambda m: tokenize(m, 3), "text"),
         (lambda m: collect_tokens(m, np.arange(9), [0], tokens=10), "text"),
-        (lambda m: measure.probe(m, np.arange(9), tokens=1), "tokens"),
+        (lambda m: pooled.pooled_probe(m, np.arange(9), tokens=1), "tokens"),
         (lambda m: loading.load_model("no/such-model"), "model"),
         (lambda m: loading.load_model(device="cuda:99"), "device"),
     ],
@@ -158,9 +158,9 @@ def test_head_geometry_is_that_of_the_logits(minilm):
 
 def test_a_layer_probed_alone_has_the_same_numbers(minilm):
     ids = tokenize(minilm, corpora.open_corpus("scipy-docs").text)[:3000]
-    both = measure.probe(minilm, ids, [3, 5], tokens=1500, queries=64, seed=1)
+    both = pooled.pooled_probe(minilm, ids, [3, 5], tokens=1500, queries=64, seed=1)
     alone = pd.concat(
-        [measure.probe(minilm, ids, [k], tokens=1500, queries=64, seed=1) for k in (3, 5)], ignore_index=True
+        [pooled.pooled_probe(minilm, ids, [k], tokens=1500, queries=64, seed=1) for k in (3, 5)], ignore_index=True
     )
     pd.testing.assert_frame_equal(both, alone)
 

@@ -23,7 +23,7 @@ from tests.test_architectures import letter_tokenizer, small
 from tokcx_lib import records
 from tokcx_lib.models import architectures, heads, loading
 from tokcx_lib.models.tokens import collect_tokens, layer_streams, tokenize
-from tokcx_lib.probe import measure, report
+from tokcx_lib.probe import pooled, report
 from tokcx_lib.theory import budgets
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -572,13 +572,13 @@ def test_a_text_that_is_mostly_unknown_is_refused(bert):
     text = "the law of a token " * 20  # 380 letters
     known = text + "\u4e00" * 14  # three bytes each, and no byte of it known: a tenth and no more
     assert np.mean(tokenize(bert, known) == 0) < 0.1
-    measure.probe(bert, known, [0], 380, 16, context=40)
+    pooled.pooled_probe(bert, known, [0], 380, 16, context=40)
     unknown = text + "\u4e00" * 20
     share = np.mean(tokenize(bert, unknown) == 0)
     assert 0.1 < share < 0.2
     message = rf"^text: expected at most 10% of its tokens unknown to .*, got {share:.1%} of 440"
     for call in (
-        lambda: measure.probe(bert, unknown, [0], 440, 16, context=40),
+        lambda: pooled.pooled_probe(bert, unknown, [0], 440, 16, context=40),
         lambda: collect_tokens(bert, unknown, [0], 440),
         lambda: layer_streams(bert, unknown, [0], 40),
     ):
@@ -604,7 +604,7 @@ def test_a_window_is_the_models_own():
 def test_no_more_keys_are_reported_than_a_window_has(healthy, tmp_path):
     model = loading.load_model(str(healthy("qwen2 with a window")))
     text = "the law of a token is read off the text that holds its window of keys " * 40
-    table = measure.probe(model, text, None, 1200, 32, context=40)
+    table = pooled.pooled_probe(model, text, None, 1200, 32, context=40)
     whole, sliding = table[table["layer"] == 0], table[table["layer"] == 1]
     assert whole["window"].isna().all() and (sliding["window"] == 6).all()
     assert whole[["effective_6", "effective_1000", "effective_1200"]].notna().all().all()
@@ -614,7 +614,7 @@ def test_no_more_keys_are_reported_than_a_window_has(healthy, tmp_path):
     assert sliding["phase"].tolist() == [budgets.phase(load, 6) for load in sliding["load_median"]]
     assert whole["phase"].tolist() == [budgets.phase(load, 1200) for load in whole["load_median"]]
     # Where the window holds all tokens it changes nothing.
-    short = measure.probe(model, text, [1], 6, 4, context=40)
+    short = pooled.pooled_probe(model, text, [1], 6, 4, context=40)
     assert short["effective_6"].notna().all()
 
     meta = {"tokens": 1200, "queries": 32, "seed": 0, "context": 40, "model": "m", "model_sha256": None}

@@ -1,5 +1,6 @@
 """The probe as a stream, its checkpoints, its report and its command."""
 
+import contextlib
 import dataclasses
 import os
 import random
@@ -21,9 +22,9 @@ from tokcx_lib import cli, records, runtime
 from tokcx_lib.models import corpora, heads, loading, tokenization
 from tokcx_lib.models.tokens import RunningMoments, collect_tokens, first_ids, layer_streams, token_moments, tokenize
 from tokcx_lib.probe import layers as probe_layers
-from tokcx_lib.probe import measure, report, resuming
+from tokcx_lib.probe import pooled, report, resuming
 from tokcx_lib.probe.predictions import predictions
-from tokcx_lib.sampling import streaming
+from tokcx_lib.sampling import distributed, streaming
 from tokcx_lib.theory import budgets, rates
 
 TOKENS, QUERIES = 6000, 48
@@ -46,7 +47,7 @@ def ids(minilm, text):
 
 @pytest.fixture(scope="module")
 def table(minilm, ids):
-    return measure.probe(minilm, ids, [0, 1], TOKENS, QUERIES)
+    return pooled.pooled_probe(minilm, ids, [0, 1], TOKENS, QUERIES)
 
 
 def test_moments_merge_to_those_of_all_tokens_far_from_zero():
@@ -117,7 +118,40 @@ def test_no_more_of_a_text_is_tokenised_than_it_takes(minilm, text, ids, monkeyp
 @pytest.mark.parametrize("layers", [[], [6], [-1]])
 def test_unknown_layers_are_named(minilm, ids, layers):
     with pytest.raises(ValueError, match="^layers: expected some of 0 to 5"):
-        measure.probe(minilm, ids, layers, 100)
+        pooled.pooled_probe(minilm, ids, layers, 100)
+
+
+def test_ranks_that_share_the_windows_find_what_one_does(monkeypatch):
+    """Three ranks, of which one meets no key before the first length, and one none at all."""
+    width, lengths, queries = 5, [3, 10, 16], 8
+    x = torch.randn(16, 6, generator=runtime.generator(0))
+    forms = [torch.randn(4, 6, generator=runtime.generator(i)) for i in range(6)]
+    layer = [heads.Head(0, h, *forms[3 * h : 3 * h + 3], None, 0.5) for h in range(2)]
+    sent, shares = [], []
+
+    def state(rank, world):
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        monkeypatch.setattr(distributed, "world", lambda: world)
+        found, mine = probe_layers.LayerState(layer, queries), pooled._share(len(x), width)
+        monkeypatch.setattr(distributed, "total", lambda asked: x[:queries])
+        found.share_queries()
+        own = np.cumsum(mine)[np.array(lengths) - 1].tolist()
+        for part in x[mine].split(4) if mine.any() else ():
+            found.add_keys(part, own)
+        shares.append(mine)
+        monkeypatch.setattr(distributed, "gather", lambda part: sent.append(part) or [])
+        if rank == 0:
+            others = [sent[i::4] for i in range(4)]  # four tensors from each rank
+            monkeypatch.setattr(distributed, "gather", lambda part: [part, *others.pop(0)])
+        found.gather(own)
+        return pd.DataFrame(found.rows(lengths)) if rank == 0 else None
+
+    one = state(0, 1)
+    for world in (3, 5):
+        sent.clear(), shares.clear()
+        *_, several = [state(rank, world) for rank in range(world - 1, -1, -1)]
+        assert np.sum(shares, axis=0).tolist() == [1] * len(x)
+        pd.testing.assert_frame_equal(several, one, rtol=1e-6)
 
 
 class Killed(Exception):
@@ -141,19 +175,38 @@ def dies_after(batches, counter):
 @pytest.mark.parametrize("batches", [1, 3])  # among the queries, among the keys
 def test_a_killed_probe_goes_on_with_the_same_numbers(minilm, ids, table, batches, monkeypatch, tmp_path):
     monkeypatch.setattr(resuming, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(measure, "Checkpoint", _always(measure.Checkpoint))
+    monkeypatch.setattr(pooled, "Checkpoint", _always(pooled.Checkpoint))
     arguments = (minilm, ids, [0, 1], TOKENS, QUERIES)
     folder = tmp_path / "kept"
     before, after = [0], [0]
-    monkeypatch.setattr(measure, "layer_streams", dies_after(batches, before))
+    monkeypatch.setattr(pooled, "layer_streams", dies_after(batches, before))
     with pytest.raises(Killed):
-        measure.probe(*arguments, checkpoint=folder)
-    monkeypatch.setattr(measure, "layer_streams", dies_after(100, after))
-    resumed = measure.probe(*arguments, checkpoint=folder)
+        pooled.pooled_probe(*arguments, checkpoint=folder)
+    monkeypatch.setattr(pooled, "layer_streams", dies_after(100, after))
+    resumed = pooled.pooled_probe(*arguments, checkpoint=folder)
     assert resumed.to_csv() == table.to_csv()
     assert before[0] == batches and after[0] == 4 - batches  # two batches of either pass, none of them read twice
     resuming.discard_checkpoint(folder)
     assert not folder.exists()
+
+
+def test_progress_counts_each_query_and_each_token_once(minilm, ids, monkeypatch, tmp_path):
+    bars = []
+
+    class Bar(contextlib.nullcontext):
+        def __init__(self, desc, total, initial=0, **_):
+            super().__init__(self)
+            self.desc, self.total, self.count = desc, total, initial
+            bars.append(self)
+
+        def update(self, count=1):
+            self.count += count
+
+    monkeypatch.setattr(pooled, "_bar", Bar)
+    for _ in range(2):  # from the beginning, then from the checkpoint of all
+        pooled.pooled_probe(minilm, ids, [0], 5000, 300, checkpoint=tmp_path)
+    assert [(bar.desc, bar.total) for bar in bars] == 2 * [("queries", 300), ("tokens", 5000), ("heads", 12)]
+    assert all(bar.count == bar.total for bar in bars)
 
 
 def _always(checkpoint):
@@ -164,7 +217,7 @@ def _always(checkpoint):
 @pytest.mark.parametrize("damage", ["garbage", "cut", "no checksum", "another plan"])
 def test_a_checkpoint_that_is_damaged_or_another_probes_is_not_used(minilm, ids, damage, tmp_path, capsys):
     other = {"seed": 1} if damage == "another plan" else {}
-    measure.probe(minilm, ids, [0], 1000, 16, checkpoint=tmp_path, **other)
+    pooled.pooled_probe(minilm, ids, [0], 1000, 16, checkpoint=tmp_path, **other)
     state = tmp_path / "state.npz"
     content = state.read_bytes()
     if damage == "garbage":
@@ -174,8 +227,8 @@ def test_a_checkpoint_that_is_damaged_or_another_probes_is_not_used(minilm, ids,
         state.write_bytes(content[: len(content) // 2])
     elif damage == "no checksum":  # as states were before they had one
         state.write_bytes(content[: content.rindex(b"# ")])
-    found = measure.probe(minilm, ids, [0], 1000, 16, checkpoint=tmp_path)
-    assert found.to_csv() == measure.probe(minilm, ids, [0], 1000, 16).to_csv()
+    found = pooled.pooled_probe(minilm, ids, [0], 1000, 16, checkpoint=tmp_path)
+    assert found.to_csv() == pooled.pooled_probe(minilm, ids, [0], 1000, 16).to_csv()
     assert ("damaged" in capsys.readouterr().err) == (damage != "another plan")
 
 
@@ -192,7 +245,7 @@ def test_heads_with_rotary_positions_are_described_at_distances_too(minilm, ids,
         return [Rotary(h.layer, h.head, h.W_Q, h.W_K, h.W_V, None, h.scale) for h in heads.heads(model)[:2]]
 
     monkeypatch.setattr(probe_layers, "heads", rotary)
-    found = measure.probe(minilm, ids, [0], 1000, 16)
+    found = pooled.pooled_probe(minilm, ids, [0], 1000, 16)
     assert found["causal"].all()
     for distance in (64, 1024):
         for name in ("horizon", "load_median"):
@@ -333,6 +386,53 @@ def test_killed_ten_times_at_random_moments_the_table_is_the_same_byte_for_byte(
     assert child(file, killed).wait() == 0
     assert (killed / "heads.csv").read_bytes() == (whole / "heads.csv").read_bytes()
     assert {path.name for path in killed.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+RANK = """
+import itertools, os, signal, sys
+from tokcx_lib import checkpoints, cli
+from tokcx_lib.probe import resuming
+from tokcx_lib.sampling import distributed
+
+resuming.CHECKPOINT_SECONDS = 0
+resuming.Checkpoint.cost = property(lambda self: 0.0, lambda self, value: None)  # each batch is followed by one
+if sys.argv.pop(1) == "dies" and distributed.rank() == 1:
+    write, numbers = checkpoints.write, itertools.count(1)
+
+    def last_words(*arguments, **options):
+        write(*arguments, **options)
+        if next(numbers) == 3:  # the first batch of keys
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoints.write = last_words
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_table_of_one_and_go_on_when_one_is_killed(tmp_path):
+    file, script = tmp_path / "text.txt", tmp_path / "rank.py"
+    file.write_text(corpora.open_corpus("scipy-docs").text[:200_000])
+    script.write_text(RANK)
+    one, whole, killed = (tmp_path / name for name in ("one", "whole", "killed"))
+
+    def ranks(how, folder):
+        start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(script), how]
+        environment = {**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+        command = [*start, *ONE, str(file), "--out", str(folder)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+    assert ranks("dies", killed).returncode != 0
+    assert {"plan.json", "state-0.npz", "state-1.npz"} <= {path.name for path in (killed / ".probe").iterdir()}
+    assert not (killed / "heads.csv").exists()
+    for folder in (killed, whole):
+        done = ranks("lives", folder)
+        assert done.returncode == 0 and done.stdout.count("wrote heads.csv") == 1, done.stderr
+    assert (killed / "heads.csv").read_bytes() == (whole / "heads.csv").read_bytes()
+    assert not (killed / ".probe").exists()
+    assert child(file, one).wait() == 0
+    both, alone = (pd.read_csv(folder / "heads.csv") for folder in (whole, one))
+    pd.testing.assert_frame_equal(both, alone, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from tokcx_lib import cli
 from tokcx_lib.models import corpora, loading, tokenization
 from tokcx_lib.models.tokens import first_ids, tokenize
-from tokcx_lib.probe import measure, report
+from tokcx_lib.probe import pooled, report
 
 # ---- token ids ----
 
@@ -366,7 +366,7 @@ def test_the_report_tells_the_checksum_of_what_was_read(probed, minilm, tmp_path
     told = {}
     columns = ["layer", "head", "horizon", "coupling", "load_median", "load_95", "exponent_sharp", "tokens_10_percent"]
     table = pd.DataFrame([dict.fromkeys(columns, 1) | {"phase": "averaging"}])
-    monkeypatch.setattr(measure, "probe", lambda *arguments, **options: table)
+    monkeypatch.setattr(pooled, "pooled_probe", lambda *arguments, **options: table)
     monkeypatch.setattr(report, "write", lambda table, meta, out: told.update(meta) or [])
     assert probed(tmp_path / "a.txt", "--tokens", "400", "--out", str(tmp_path / "out")) == (0, "")
     ids = tokenize(minilm, LINES.decode())[:400]

@@ -155,12 +155,14 @@ def _require_folder(out: Path) -> None:
 
 def _probe(options: argparse.Namespace) -> None:
     from tokcx_lib import records
+    from tokcx_lib.sampling import distributed
 
     if options.out:
         _require_folder(options.out)
     elif options.force:
         raise ValueError("force: expected together with --out, got no --out")
-    with records.locked(options.out) if options.out else nullcontext():
+    # The ranks of one probe share the folder; nobody else does.
+    with records.locked(options.out) if options.out and distributed.rank() == 0 else nullcontext():
         _probe_into(options)
 
 
@@ -170,12 +172,13 @@ def _probe_into(options: argparse.Namespace) -> None:
     from tokcx_lib.models.loading import load_model
     from tokcx_lib.models.tokens import first_ids
     from tokcx_lib.probe import report
-    from tokcx_lib.probe.measure import probe
     from tokcx_lib.probe.plan import default_context, plan
+    from tokcx_lib.probe.pooled import pooled_probe
     from tokcx_lib.probe.resuming import discard_checkpoint
+    from tokcx_lib.sampling import distributed
 
     corpus = open_corpus(options.text)
-    model = load_model(options.model, options.device)
+    model = load_model(options.model, distributed.own_device(options.device))
     ids = first_ids(model, corpus.pieces(), options.tokens)
     chosen = {name: getattr(options, name) for name in ("tokens", "queries", "seed", "context")}
     chosen["context"] = default_context(model) if options.context is None else options.context
@@ -183,14 +186,16 @@ def _probe_into(options: argparse.Namespace) -> None:
     # A file may be longer than what is read of it; the checksum of the ids, in the plan, stands for what was.
     meta = {**chosen, "text": corpus.name, "text_sha256": corpus.known_sha256}
     checkpoint = options.out / ".probe" if options.out else None
-    if options.out and not options.force:
+    if options.out and not options.force and distributed.rank() == 0:
         report.require_unused(options.out, settings)
     try:
-        table = probe(model, ids, options.layers, checkpoint=checkpoint, **chosen)
+        table = pooled_probe(model, ids, options.layers, checkpoint=checkpoint, **chosen)
     except KeyboardInterrupt:
         then = "; the same command goes on from its last checkpoint" if checkpoint else ""
         print(f"tokcx: stopped{then}", file=sys.stderr)
         raise SystemExit(130) from None
+    if table is None:  # the first rank has it
+        return
     print(f"{options.model} on {meta['text']}: {options.tokens} tokens, device: {model.model.device}")
     print(_shown(table).to_string(index=False, float_format=lambda number: f"{number:.4g}"))
     if options.out:

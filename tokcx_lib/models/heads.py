@@ -162,25 +162,28 @@ def _split(weight: Tensor, bias: Tensor | None, size: int) -> tuple[Tensor, Sequ
     return weight, [None] * len(weight) if bias is None else bias.reshape(-1, size)
 
 
-def head_geometry(head: Head, x: Tensor, cov: Tensor, half: Tensor | None = None) -> dict[str, float]:
+def head_geometry(head: Head, x: Tensor, cov: Tensor, reach: float | None = None) -> dict[str, float]:
     """Reach, H, H_1, Psi, Psi_1, quantiles of the load, and the scale of the values of a head.
 
-    Tokens are (n, d), with centred covariance (d, d) and its root `half` (d, d), if it is at hand. The values V y of
-    single tokens have covariance V Sigma V'; `value_spread` is the root of its trace, `value_cov` its Frobenius norm:
-    natural units for errors of moments.
+    Tokens are (n, d), with centred covariance (d, d) and its `reach`, if that is at hand. The values V y of single
+    tokens have covariance V Sigma V'; `value_spread` is the root of its trace, `value_cov` its Frobenius norm: natural
+    units for errors of moments.
+
+    A head is a law of queries q and keys k: with Cov(q) = W_Q Sigma W_Q' and Cov(k) = W_K Sigma W_K' (d_k, d_k), the
+    load is (q' Cov(k) q)^{1/2} and H = ||Cov(q)^{1/2} Cov(k)^{1/2}||_2, the numbers that `geometry` defines by A.
 
     The load of a token that is not centred is ||Sigma^{1/2}(A x + shift)||: the mean of the keys cancels in softmax,
     that of the queries acts like a shift (chapter 1). Its quantiles over the tokens are load_05, load_25, load_median,
     load_75 and load_95.
     """
-    A, cov = head.A, cov.to(head.A)
-    loads = geometry.load(x.double(), A, cov, shift=head.shift)
-    values = head.V @ cov @ head.V.mT
-    # The definitions of `geometry`, with one decomposition of the covariance for all of them, and in d_k dimensions.
-    half = geometry.root(cov) if half is None else half
-    reach = geometry.reach(cov)
-    keys, queries = head.W_K.to(half) @ half, head.scale * head.W_Q.to(half)
-    two, one = _norm_of_product(keys, queries @ half), _norm_of_product(keys, queries)
+    cov = cov.to(head.W_K.device, torch.float64)
+    reach = geometry.reach(cov) if reach is None else reach
+    W_Q, b_Q = head.scale * head.W_Q.double(), 0 if head.b_Q is None else head.scale * head.b_Q.double()
+    queries, keys, values = (W @ cov @ W.mT for W in (W_Q, head.W_K.double(), head.V))
+    q = x.double() @ W_Q.mT + b_Q
+    loads = ((q @ keys) * q).sum(-1).clamp(min=0).sqrt()
+    half = geometry.root(keys)
+    two, one = (_largest_root(half @ each @ half) for each in (queries, W_Q @ W_Q.mT))
     return {
         "reach": reach,
         "horizon": two,
@@ -194,6 +197,6 @@ def head_geometry(head: Head, x: Tensor, cov: Tensor, half: Tensor | None = None
     }
 
 
-def _norm_of_product(K: Tensor, Q: Tensor) -> float:
-    """||K'Q||_2 of two matrices (d_k, d) with few rows."""
-    return torch.linalg.matrix_norm(torch.linalg.qr(K.mT).R @ torch.linalg.qr(Q.mT).R.mT, 2).item()
+def _largest_root(square: Tensor) -> float:
+    """The root of the largest eigenvalue of a positive semi-definite matrix."""
+    return torch.linalg.eigvalsh(square).max().clamp(min=0).sqrt().item()

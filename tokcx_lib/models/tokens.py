@@ -226,10 +226,14 @@ class RunningMoments:
         """Take in tokens (b, d), b >= 1."""
         x = x.double()
         mean = x.mean(0)
-        centred, gap = x - mean, mean - self.mean
-        total = self.count + len(x)
-        self.scatter += centred.mT @ centred + torch.outer(gap, gap) * (self.count * len(x) / total)
-        self.mean += gap * (len(x) / total)
+        centred = x - mean
+        self.merge(len(x), mean, centred.mT @ centred)
+
+    def merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        """Take in `count` >= 1 other tokens, by their mean (d,) and scatter matrix (d, d)."""
+        gap, total = mean - self.mean, self.count + count
+        self.scatter += scatter + torch.outer(gap, gap) * (self.count * count / total)
+        self.mean += gap * (count / total)
         self.count = total
 
     @property

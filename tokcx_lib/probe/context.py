@@ -47,7 +47,7 @@ def probe_in_context(
     seed: int = 0,
     checkpoint: Path | None = None,
     plan: bytes = b"",
-) -> pd.DataFrame:
+) -> pd.DataFrame | None:
     """What the heads of a model do with the keys that their queries have: one row a head.
 
     Parameters
@@ -61,7 +61,7 @@ def probe_in_context(
 
     Returns
     -------
-    DataFrame
+    DataFrame, or None on ranks other than the first
         layer, head, group (whose keys it reads); window, if any layer has a sliding one; then of the late queries keys
         (the median number that they see), load, load_05, load_95, load_with_first, reduced, phase, effective and
         share_first, share_near, share_own; load_N and effective_N of queries with N = 64, 256, 1024, … keys, if they
@@ -89,7 +89,7 @@ def probe_in_context(
             )
             store.save(window, mine[window])
     every = {window: found for part in distributed.gather_objects(mine) for window, found in part.items()}
-    return _table([every[window] for window in range(windows)], error)
+    return _table([every[window] for window in range(windows)], error) if distributed.rank() == 0 else None
 
 
 def _read(model, ids, text: range, queries: int, layers, keys, bar) -> dict[str, np.ndarray]:

@@ -49,7 +49,7 @@ def write(table: pd.DataFrame, meta: dict, folder: Path) -> list[Path]:
 
     Parameters
     ----------
-    table : from `measure.probe`.
+    table : from `pooled.pooled_probe`.
     meta : what was probed: model, text, tokens, queries, seed and context; the checksums model_sha256, text_sha256 and
         tokens_sha256 (of the token ids), each where it is known; and the device, versions and created of
         `records.provenance`. All of it goes into probe.json; where it has the plan (`plan.plan`), `require_unused`

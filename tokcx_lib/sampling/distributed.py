@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tokcx_lib import runtime
 from tokcx_lib.sampling.streaming import Partial, merge, stream_states
 from tokcx_lib.validation import as_kind, as_lengths, as_tensor, shown
 
@@ -40,6 +41,12 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def own_device(device: str | torch.device | None = None) -> torch.device:
+    """The device that this rank runs on: that of `runtime.device`, but of several GPUs the one with its own number."""
+    place = runtime.device(device)
+    return torch.device("cuda", local_rank()) if place.type == "cuda" and world() > 1 else place
+
+
 def shard(items: Sequence[Item]) -> list[Item]:
     """This rank's share of a list: every world()-th item, so that shares differ by one item at most."""
     return list(items[rank() :: world()])
@@ -52,14 +59,34 @@ def barrier() -> None:
         dist.all_reduce(torch.zeros(1))
 
 
+def total(part: Tensor) -> Tensor:
+    """The sum over ranks of a tensor that has one shape on all of them, on every rank."""
+    if world() == 1:
+        return part
+    _start()
+    whole = part.clone()
+    dist.all_reduce(whole)
+    return whole
+
+
+def gather(part: Tensor) -> list[Tensor]:
+    """On the first rank, the tensors of all ranks, in order, which have one shape; elsewhere none."""
+    if world() == 1:
+        return [part]
+    _start()
+    parts = [torch.empty_like(part) for _ in range(world())] if rank() == 0 else []
+    dist.gather(part.contiguous(), parts or None)
+    return parts
+
+
 def gather_objects(value: Item) -> list[Item]:
-    """What each rank has, in order of rank, on every rank."""
+    """On the first rank, what each rank has, in order of rank; elsewhere none."""
     if world() == 1:
         return [value]
     _start()
-    found: list = [None] * world()
-    dist.all_gather_object(found, value)
-    return found
+    parts = [None] * world() if rank() == 0 else None
+    dist.gather_object(value, parts)
+    return parts or []
 
 
 def merge_ranks(state: Partial | None, q: Tensor) -> Partial:

@@ -136,9 +136,7 @@ def run(
     OSError
         If a file cannot be written. What was finished before is kept.
     """
-    place = runtime.device(device)
-    if place.type == "cuda" and distributed.world() > 1:
-        place = torch.device("cuda", distributed.local_rank())
+    place = distributed.own_device(device)
     config = experiment.config(profile, replicates)
     folder = Path(records.folder(path)) / f"{name}.parts"
     # The ranks of one run share the folder; nobody else does.

@@ -15,7 +15,7 @@ from tokcx_lib.models.heads import head_geometry, heads
 from tokcx_lib.models.loading import EMBEDDED, load_model
 from tokcx_lib.models.tokens import CONTEXT, RunningMoments, collect_tokens, layer_streams, token_moments
 from tokcx_lib.models.windows import WINDOW, random_windows, wikipedia_windows
-from tokcx_lib.probe.measure import probe
+from tokcx_lib.probe.pooled import pooled_probe
 from tokcx_lib.sampling.streaming import effective_tokens, prefix_states
 from tokcx_lib.studies.real_heads import convergence
 from tokcx_lib.studies.runs import Experiment, Part, Plan
@@ -136,11 +136,11 @@ def real_heads_maps(config: dict, device) -> Plan:
         ]
         errors, floor = convergence.map_errors(segments)
         law = Gaussian(moments.cov, moments.mean)
-        half = geometry.root(moments.cov)
+        reach = geometry.reach(moments.cov)
         kept = {"floor": floor.sqrt().tolist(), "predicted": [], "value_spread": [], "horizon": [], "load_median": []}
         for head in chosen:
             kept["predicted"].append(np.sqrt(convergence.twin_map_error(head, queries, law, lengths)).tolist())
-            found = head_geometry(head, queries, moments.cov, half)
+            found = head_geometry(head, queries, moments.cov, reach)
             for name in ("value_spread", "horizon", "load_median"):
                 kept[name].append(found[name])
         rows = [
@@ -267,14 +267,14 @@ def real_heads_sinks(config: dict, device) -> Plan:
 
 
 def real_heads_on(config: dict, device) -> Plan:
-    """Geometry of every head on a text: the columns of `measure.probe`, for each of several disjoint parts of it."""
+    """Geometry of every head on a text: the columns of `pooled_probe`, for each of several disjoint parts of it."""
     model = load_model(EMBEDDED, device)
     tokens, parts = config["tokens"], config["parts"]
     ids, texts = random_windows(model, config["corpus"], parts * tokens, config["seed"], config["skip"])
 
     def work(part: int) -> Part:
         here = ids[part * tokens : (part + 1) * tokens]
-        table = probe(model, here, tokens=tokens, queries=config["queries"], seed=config["seed"] + part)
+        table = pooled_probe(model, here, tokens=tokens, queries=config["queries"], seed=config["seed"] + part)
         table.insert(0, "part", part)
         return Part(table)
 

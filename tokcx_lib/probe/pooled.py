@@ -1,11 +1,18 @@
-"""The study of one model on one text: the geometry of every head, from one pass over the tokens.
+"""The pooled law of a text: all keys of all windows that a model reads, as one law, and each head's geometry under it.
 
-Tokens are pooled over the windows that the model reads. The covariance stands where a bound would want the
-sub-Gaussian matrix, so H, Psi and the loads describe these tokens; they are not constants of a theorem.
+A query meets keys of every window, and every position: more keys than the model ever reads at once, but a law that
+more text only makes better known. Absolute positions are part of the tokens, so the law mixes them in the shares that
+they have in a window. Rotary ones belong to a pair, and a pool has none: all keys stand at one distance from the query.
 
-`probe` reads a text as a stream: one forward pass serves every layer and head, and what is kept (`probe.layers`) does
-not grow with the number of tokens. With a folder for checkpoints, a probe that is killed goes on from there with the
-same numbers (`probe.resuming`).
+The covariance stands where a bound would want the sub-Gaussian matrix, so H, Psi and the loads describe these tokens;
+they are not constants of a theorem.
+
+`pooled_probe` reads a text as a stream: one forward pass serves every layer and head, and what is kept
+(`probe.layers`) does not grow with the number of tokens. With a folder for checkpoints, a probe that is killed goes on
+from there with the same numbers (`probe.resuming`).
+
+Under ``torchrun`` the windows are dealt out to the ranks. Each reads its own, and the first one merges what all have
+found: the numbers are those of one process, up to rounding.
 """
 
 from __future__ import annotations
@@ -26,12 +33,13 @@ from tokcx_lib.models.tokens import first_ids, layer_streams, require_known, req
 from tokcx_lib.probe.layers import LayerState, layer_states
 from tokcx_lib.probe.plan import default_context, plan
 from tokcx_lib.probe.resuming import Checkpoint
+from tokcx_lib.sampling import distributed
 from tokcx_lib.validation import as_count
 
 MOST_SEED = 2**63 - 2  # the next one has a stream of its own
 
 
-def probe(
+def pooled_probe(
     model: TextModel,
     text,
     layers: Sequence[int] | None = None,
@@ -40,7 +48,7 @@ def probe(
     seed: int = 0,
     context: int | None = None,
     checkpoint: Path | None = None,
-) -> pd.DataFrame:
+) -> pd.DataFrame | None:
     """Geometry of heads on a text: one row a head, from one pass over its tokens, which are never held together.
 
     The windows that the model reads are put in random order, whole (a last one that is shorter stays last), so the
@@ -61,7 +69,7 @@ def probe(
 
     Returns
     -------
-    DataFrame
+    DataFrame, or None on ranks other than the first
         layer, head, causal; reach, horizon (two-sided), horizon_one_sided, coupling, coupling_one_sided,
         load_median, load_05 … load_95, value_spread and value_cov (see `head_geometry`); the columns of `predictions`
         for the coupling and the median load; and effective_N: the median over queries of 1/sum w^2 over N keys, for
@@ -94,14 +102,23 @@ def probe(
 
     saved = Checkpoint(checkpoint, plan(model, ids, list(states), tokens, queries, seed, context))
     reader = _Reader(model, context, states, saved)
-    for start, batch in reader.batches("queries", order.queries):
+    mine = _share(len(order.queries), width)
+    places = np.where(mine[order.places], np.cumsum(mine)[order.places] - 1, -1)  # among my windows, or nowhere
+    asked = np.bincount(places[places >= 0], minlength=mine.sum())
+    for start, batch in reader.batches("queries", order.queries[mine], asked):
         for state, x in zip(states.values(), batch):
-            state.add_queries(x, start, order.places)
-    for _, batch in reader.batches("tokens", order.keys):
+            state.add_queries(x, start, places)
+    for state in states.values():
+        state.share_queries()
+    mine = _share(len(order.keys), width)
+    mine_of = np.cumsum(mine)[np.array(lengths) - 1].tolist()  # of the keys up to each length
+    for _, batch in reader.batches("tokens", order.keys[mine], np.ones(mine.sum(), dtype=int)):
         for state, x in zip(states.values(), batch):
-            state.add_keys(x.float(), lengths)
+            state.add_keys(x.float(), mine_of)
     saved.save(states, reader.read, now=True)
-    return _table(states, lengths)
+    for state in states.values():
+        state.gather(mine_of)
+    return _table(states, lengths) if distributed.rank() == 0 else None
 
 
 class _Order(NamedTuple):
@@ -123,6 +140,11 @@ def _order(ids: np.ndarray, width: int, queries: int, seed: int) -> _Order:
     return _Order(first, index * width + asked % width, keys)
 
 
+def _share(count: int, width: int) -> np.ndarray:
+    """Which of so many tokens, (count,), this rank reads: every world()-th window: shares are alike throughout."""
+    return np.arange(count) // width % distributed.world() == distributed.rank()
+
+
 def _lengths(tokens: int, states: dict[int, LayerState]) -> list[int]:
     """Numbers of keys at which the effective tokens are noted: powers of ten, sizes of windows, all tokens."""
     seen = {head.window for state in states.values() for head in state.heads if head.window is not None}
@@ -136,26 +158,36 @@ class _Reader:
         self.model, self.context, self.states, self.saved = model, context, states, saved
         self.read, self.before = saved.load(states), 0  # before: tokens of the ids that came earlier
 
-    def batches(self, what: str, ids: np.ndarray) -> Iterator[tuple[int, list[Tensor]]]:
+    def batches(self, what: str, ids: np.ndarray, number: np.ndarray) -> Iterator[tuple[int, list[Tensor]]]:
         """Where a batch begins among these ids, and what each layer sees of it (b, d), for those that were not read.
 
-        Once the caller has taken a batch in, it counts as read, and the states are saved now and then.
+        Once the caller has taken a batch in, it counts as read, and the states are saved now and then. The bar counts
+        `what`, of which each id brings the given number: windows with queries are read twice, and no token counts so.
         """
         left = ids[max(self.read - self.before, 0) :]
-        done = len(ids) - len(left)
-        with tqdm(total=len(ids), initial=done, unit=" tokens", desc=what, unit_scale=True, leave=False) as bar:
+        counted = np.concatenate([[0], np.cumsum(number)])
+        start = len(ids) - len(left)
+        shows = {"total": int(counted[-1]), "initial": int(counted[start]), "unit": f" {what}", "desc": what}
+        with _bar(**shows, unit_scale=True) as bar:
             for batch in layer_streams(self.model, left, list(self.states), self.context) if len(left) else ():
-                yield self.read - self.before, batch
-                self.read += len(batch[0])
-                bar.update(len(batch[0]))
+                yield start, batch
+                stop = start + len(batch[0])
+                self.read = self.before + stop
+                bar.update(int(counted[stop] - counted[start]))
+                start = stop
                 self.saved.save(self.states, self.read)
         self.before += len(ids)
+
+
+def _bar(**options) -> tqdm:
+    """A bar of progress, of the first rank alone."""
+    return tqdm(leave=False, **options, **({} if distributed.rank() == 0 else {"disable": True}))
 
 
 def _table(states: dict[int, LayerState], lengths: Sequence[int]) -> pd.DataFrame:
     rows = []
     count = sum(len(state.heads) for state in states.values())
-    with tqdm(total=count, unit=" heads", desc="heads", leave=False) as bar:
+    with _bar(total=count, unit=" heads", desc="heads") as bar:
         for state in states.values():
             for row in state.rows(lengths):
                 rows.append(row)
