@@ -1,4 +1,4 @@
-"""Where models of the supported architectures keep their attention, and what bounds and surrounds their text.
+"""Where models with bilinear heads keep their attention, and what bounds and surrounds the text of any model.
 
 An `Architecture` says what a family has in common: where its attention modules are and what their linear maps are
 called, whether attention is causal, and whether positions are rotary. What is one model's own (the number of heads,
@@ -7,6 +7,8 @@ scales, frequencies, sliding windows) is read from that model.
 The logits of a supported head are a bilinear form of two tokens, up to rotary positions. That leaves out models that
 normalise queries and keys or cap the logits. A sliding window (Mistral, Qwen2) changes which keys a query sees and not
 its logits (`windows`).
+
+Sizes, positions and special tokens (`require_sizes`, `most_positions`, `special_tokens`) are asked of every model.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+
+from tokcx_lib.validation import MOST
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,6 @@ def _refusal(kind: str, config) -> str | None:
     method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
     if quantised is not None and method != "gguf":  # weights of a GGUF file are plain once they are read
         return "its weights are quantised, and no plain matrices"
-    if getattr(config, "transformers_weights", None) is not None:
-        return "its configuration names other weights, as transformers_weights"
     if kind in ARCHITECTURES and ARCHITECTURES[kind].causal and not getattr(config, "is_causal", True):
         return "with attention that is not causal"
     return None
@@ -95,26 +97,66 @@ SIZES = {
     **dict.fromkeys(("vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings"), 2**24),
 }
 OPTIONAL_SIZES = ("intermediate_size", "num_key_value_heads", "head_dim", "sliding_window")
+# As kinds without bilinear heads name them besides.
+OTHER_SIZES = {
+    **dict.fromkeys(("num_layers", "encoder_layers", "decoder_layers", "num_decoder_layers"), 1000),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 2**16),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "moe_intermediate_size", "n_positions"), 2**24),
+}
 
 
 def require_sizes(config) -> None:
     """Refuse a configuration whose sizes are no counts, or whose heads do not divide what they share.
+
+    Of a kind without bilinear heads these are the sizes that it has, those of the models inside it among them. Where
+    it has one for each layer, or a special meaning for numbers below one, that is left to the model.
 
     Raises
     ------
     ValueError
         It names the size.
     """
+    if config.model_type not in ARCHITECTURES:
+        for part in (config, *_inside(config)):
+            _require_own_sizes(part)
+        return
     optional = {name: 2**24 for name in OPTIONAL_SIZES if getattr(config, name, None) is not None}
     for name, most in (SIZES | optional).items():
-        size = getattr(config, name, None)
-        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= most:
-            raise ValueError(f"model: expected {name} from 1 to {most}, got {size!r}")
+        _require_size(name, getattr(config, name, None), most)
     name, whole = "num_attention_heads", config.hidden_size
     if "num_key_value_heads" in optional:  # whose heads have a width of their own
         name, whole = "num_key_value_heads", config.num_attention_heads
     if whole % getattr(config, name):
         raise ValueError(f"model: expected {name} to divide {whole}, got {getattr(config, name)}")
+
+
+def _require_size(name: str, size, most: int, least: int = 1) -> None:
+    if isinstance(size, bool) or not isinstance(size, int) or not least <= size <= most:
+        raise ValueError(f"model: expected {name} from {least} to {most}, got {size!r}")
+
+
+def _require_own_sizes(config) -> None:
+    """Refuse the sizes that a configuration has, if they are no counts or more than any model has."""
+    for name, most in (SIZES | dict.fromkeys(OPTIONAL_SIZES, 2**24) | OTHER_SIZES).items():
+        size = _own(config, name)
+        if isinstance(size, (str, bool)) or isinstance(size, (int, float)) and not size <= most:
+            raise ValueError(f"model: expected {name} of up to {most}, got {size!r}")
+    for name in ("num_hidden_layers", "vocab_size", "hidden_size", "num_attention_heads"):
+        if isinstance(size := _own(config, name), int):
+            _require_size(name, size, SIZES[name])
+
+
+def _own(config, name: str):
+    """A value of a configuration; None where it has none, or another one for each layer."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # asked for the one value of what differs from layer to layer
+        return None
+
+
+def _inside(config) -> list:
+    """The configurations inside one: of its text, its pictures, its sound."""
+    return [part for name in config.sub_configs if (part := getattr(config, name, None)) is not None]
 
 
 def base_model(model) -> nn.Module:
@@ -197,29 +239,56 @@ def rotary(model) -> tuple[Tensor | None, float]:
     return angles, float(embedding.attention_scaling) ** 2
 
 
+# Position tables that begin behind the padding token, and are longer by as much.
+BEHIND_PADDING = (
+    *("roberta", "camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet"),
+    *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
+
+
 def most_positions(config) -> int:
-    """The longest context of a model, in tokens, its special tokens included."""
-    most = config.max_position_embeddings
-    if config.model_type == "roberta":  # counts positions from padding_idx + 1, and its table is longer by as much
+    """The longest context of a model, in tokens, its special tokens included; MOST where nothing bounds it.
+
+    Of the configuration of any text model: that of an encoder or a language model alone (`loading.TextModel`).
+    Relative positions and ALiBi bound nothing.
+    """
+    most = _position_table(config)
+    if config.model_type in BEHIND_PADDING:
         most -= config.pad_token_id + 1
     stretched = getattr(config, "rope_parameters", None) or {}
-    if stretched.get("rope_type") == "longrope":  # has other angles beyond the context it was first trained on
-        most = min(most, stretched["original_max_position_embeddings"])
+    # One setting, or one for each kind of layers.
+    for rope in (stretched, *(part for part in stretched.values() if isinstance(part, dict))):
+        if rope.get("rope_type") == "longrope":  # has other angles beyond the context it was first trained on
+            most = min(most, rope.get("original_max_position_embeddings") or most)
     return most
+
+
+def _position_table(config) -> int:
+    """How many positions a configuration counts; MOST if it does not."""
+    names = ["max_position_embeddings", "max_encoder_position_embeddings"]
+    if not hasattr(config, "relative_attention_num_buckets"):  # old files of T5 tell n_positions all the same
+        names += ["n_positions", "n_ctx", "max_seq_len", "max_sequence_length"]
+    counts = (getattr(config, name, None) for name in names)
+    return next((count for count in counts if isinstance(count, int) and count >= 1), MOST)
 
 
 def special_tokens(config, tokenizer) -> tuple[list[int], list[int]]:
     """Ids of the special tokens before and after each window of text.
 
-    A window of a BERT-like model is [CLS] text [SEP]. One of a decoder starts with the token of the beginning where
-    its tokenizer puts that in front of a text (Llama, Mistral), and has no special token elsewhere (GPT-2, Qwen2).
+    They are what the tokenizer puts around a text: `<bos>` before that of a Gemma, `</s>` after that of a T5. Of models
+    with bilinear heads, a window of a BERT-like one is [CLS] text [SEP], whatever the tokenizer does, and one of a
+    decoder starts with the token of the beginning where its tokenizer puts that in front of a text (Llama, Mistral),
+    and has no special token elsewhere (GPT-2, Qwen2).
 
     Raises
     ------
     ValueError
         If the tokenizer of a BERT-like model does not have them.
     """
-    if not architecture(config).causal:
+    kind = ARCHITECTURES.get(config.model_type)
+    if kind is None:
+        return _around(tokenizer)
+    if not kind.causal:
         first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
         if first is None or last is None:
             raise ValueError(
@@ -228,3 +297,13 @@ def special_tokens(config, tokenizer) -> tuple[list[int], list[int]]:
         return [first], [last]
     begins = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     return [tokenizer.bos_token_id] if begins else [], []
+
+
+def _around(tokenizer) -> tuple[list[int], list[int]]:
+    """Ids that a tokenizer puts before and after a text: those that are marked as special around a word."""
+    for word in ("a", "the", "1", "\u4e00"):  # the first that it does not pass over in silence
+        encoded = tokenizer(word, return_special_tokens_mask=True)
+        ids, text = encoded["input_ids"], [i for i, special in enumerate(encoded["special_tokens_mask"]) if not special]
+        if text:
+            return ids[: text[0]], ids[text[-1] + 1 :]
+    return ids, []

@@ -1,32 +1,38 @@
-"""Models with their tokenizers, and what their files must hold before a number is read off them.
+"""Models of text with their tokenizers, by name or as they are, and what they must hold before a number is read.
 
-`reading` is the one boundary around the libraries that read a model: whatever they raise, on broken files or on
-configurations that no model has, becomes a ValueError in one line. What they let pass in silence (weights that are
-missing and drawn at random instead, a tokenizer without words) is looked for by the other functions.
+`load_model` reads a model from its files, `text_model` takes one that is in memory already, and `as_text_model` either.
+What the libraries that read files let pass in silence (weights that are missing and drawn at random instead, a
+tokenizer without words) is looked for here; what they raise becomes one line (`checkpoint_files.reading`).
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
-import json
-import logging
-import re
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokcx_lib import runtime
 from tokcx_lib.models import architectures
-from tokcx_lib.models.architectures import SUPPORTED, Architecture
-from tokcx_lib.models.heads import heads
-from tokcx_lib.validation import require_finite
+from tokcx_lib.models.checkpoint_files import (
+    CONFIG,
+    GGUF,
+    checksum,
+    reading,
+    refusal,
+    require_files,
+    require_weights,
+    weight_files,
+)
+from tokcx_lib.models.text_parts import require_text, text_part
+from tokcx_lib.validation import FLOATS, as_choice, as_dtype, require_finite, shown
 
 EMBEDDED = "minilm"  # all-MiniLM-L6-v2, a BERT of 6 layers x 12 heads
 LANGUAGE = "smollm2"  # SmolLM2-135M-Instruct, a Llama of 30 layers x 9 heads, weights rounded to 4 bits
@@ -40,146 +46,7 @@ LANGUAGE_SHA256 = {
     "SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 }
 NAMES = f"{EMBEDDED!r}, {LANGUAGE!r}, a folder, a GGUF file or a name on the Hugging Face hub"
-GGUF = ".gguf"  # one file with configuration, weights and tokenizer: no code and no pickle
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-CONFIG = "config.json"
-UNREAD = ("pooler.",)  # weights that come after all attention: a checkpoint may leave them out
-PRECISIONS = ("F64", "F32", "F16", "BF16")  # of weights as safetensors names them; others need scales beside them
-LONGEST = 240  # characters of a reason
-
-
-def refusal(expected: str, name, reason: str) -> ValueError:
-    """The error that every fault of a model ends in."""
-    return ValueError(f"model: expected {expected}, got {str(name)!r} ({reason})")
-
-
-@contextmanager
-def reading(expected: str, name) -> Iterator[None]:
-    """Turn whatever is raised inside into a `refusal`, and keep warnings, log lines and progress bars to itself.
-
-    That includes what is no `Exception`, such as the panics of a tokenizer. Only the wish to stop passes.
-    """
-    silenced = logging.root.manager.disable
-    logging.disable()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with _without_bars():
-                yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:
-        raise refusal(expected, name, _reason(error)) from error
-    finally:
-        logging.disable(silenced)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Without the progress bars of transformers, which in a notebook ask for widgets."""
-    from transformers.utils import logging as bars
-
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        with redirect_stderr(StringIO()):  # the reader of GGUF files has bars that nothing turns off
-            yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()
-
-
-def _reason(error: BaseException) -> str:
-    """Kind and first line of an exception, and the next line where that ends with a colon, in printable characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    first = next((i for i, line in enumerate(lines) if not line.endswith(":")), 0)
-    said = "".join(c if c.isprintable() else "?" for c in f"{type(error).__name__}: {' '.join(lines[: first + 1])}")
-    return said if len(said) <= LONGEST else said[: LONGEST - 1] + "…"
-
-
-def require_files(folder: Path) -> None:
-    """Refuse a folder without a configuration, or with a file that is none: a pipe would be waited for without end."""
-    with reading("a folder that can be read", folder):
-        found = list(folder.iterdir())
-    for path in found:
-        folder_of_its_own = path.is_dir() and path.suffix not in (".json", ".safetensors", GGUF)
-        if path.exists() and not path.is_file() and not folder_of_its_own:
-            raise refusal("regular files", folder, f"{path.name} is no regular file")
-    if not (folder / CONFIG).is_file():
-        raise refusal("a folder of a model", folder, f"it has no {CONFIG}")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files of a folder that hold its weights: the whole, or the shards that its index names, in order of name.
-
-    Raises
-    ------
-    ValueError
-        If there are none, a shard is missing, or the index cannot be read or names anything but safetensors files in
-        this folder.
-    """
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).is_file():
-        raise refusal("safetensors weights", folder, f"it has no {WEIGHTS} or {INDEX}")
-    with reading(f"a {INDEX} with a weight_map from weights to files", folder):
-        shards = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()), key=str)
-    for shard in shards or [""]:
-        if not (isinstance(shard, str) and Path(shard).name == shard and shard.endswith(".safetensors")):
-            raise refusal(f"a {INDEX} that names safetensors files beside it", folder, f"it names {shard!r}")
-        if not (folder / shard).is_file():
-            raise refusal("all shards of the weights", folder, f"it has no {shard}")
-    return [folder / shard for shard in shards]
-
-
-def checksum(files: list[Path]) -> str:
-    """The sha256 of some files, read one after the other."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def require_weights(model, kind: Architecture, info: dict, files: list[Path] | None, name) -> None:
-    """Refuse a model whose weights are not all those of its checkpoint, finite numbers of the shapes it asks for.
-
-    `info` is what transformers tells of loading it: weights that the checkpoint lacks, has in another shape, or has no
-    place for. The last are refused where they stand in a layer; elsewhere they belong to a task head. Weights in
-    integers or in eight bits are refused too: they mean something only with scales, which nothing here reads.
-    """
-    if missing := sorted(key for key in info["missing_keys"] if not key.startswith(UNREAD)):
-        raise refusal("every weight in the checkpoint", name, f"missing: {_listed(missing)}")
-    if mismatched := sorted(info["mismatched_keys"]):
-        shapes = [f"{key} has {tuple(found)} and not {tuple(wanted)}" for key, found, wanted in mismatched]
-        raise refusal("weights of the shapes that config.json asks for", name, _listed(shapes))
-    prefix = f"{model.base_model_prefix}."
-    inside = re.compile(
-        rf"({re.escape(prefix)})?{re.escape(kind.layers)}\..*\.(weight|bias)"
-    )  # no mask of old versions
-    if left := sorted(filter(inside.fullmatch, info["unexpected_keys"])):
-        raise refusal("weights that config.json has a place for", name, f"left over: {_listed(left)}")
-    parameters = dict(model.named_parameters())
-    for key, dtype in _stored(path for path in files or [] if path.suffix != GGUF):
-        if key.removeprefix(prefix) in parameters and dtype not in PRECISIONS:
-            raise refusal(f"weights in {', '.join(PRECISIONS)}", name, f"{key} is in {dtype}")
-    for key, weight in parameters.items():
-        if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
-            raise refusal("finite weights", name, f"NaN or infinity in {key}")
-
-
-def _stored(files: Iterable[Path]) -> Iterator[tuple[str, str]]:
-    """Names and types of the tensors in some files."""
-    from safetensors import safe_open
-
-    for path in files:
-        with safe_open(path, "pt") as stored:
-            yield from ((key, stored.get_slice(key).get_dtype()) for key in stored.keys())
-
-
-def _listed(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+DTYPES = ("float32", "bfloat16", "float16", "auto")  # precisions by name; the last is that of the files
 
 
 def require_tokenizer(tokenizer, words: int, special: list[int], name) -> None:
@@ -195,9 +62,11 @@ def require_tokenizer(tokenizer, words: int, special: list[int], name) -> None:
 
 @dataclass(frozen=True)
 class TextModel:
-    """A model with its tokenizer: what `load_model` returns.
+    """A model of text with its tokenizer: what `load_model`, `text_model` and `as_text_model` return.
 
-    `sha256` is the checksum of the weights, one shard after the other, where they are those of a folder, else None.
+    `model` is what reads token ids, without task head: of an encoder with a decoder the encoder, of a model of text and
+    pictures the language model (`text_parts.text_part`). `sha256` is the checksum of the weights: of a folder's files,
+    one shard after the other, or of what is in memory, for a model that was there already; None for names on the hub.
     """
 
     name: str
@@ -206,9 +75,30 @@ class TextModel:
     sha256: str | None
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The precision in which the model computes."""
+        return self.model.dtype
+
+    @property
     def provenance(self) -> dict[str, str | None]:
-        """What a record or a probe says of the model that its numbers come from: its name and its checksum."""
-        return {"model": self.name, "model_sha256": self.sha256}
+        """What a record or a probe says of the model that its numbers come from: name, checksum, and its precision.
+
+        The last only if it is not float32.
+        """
+        dtype = {} if self.dtype == torch.float32 else {"model_dtype": str(self.dtype).removeprefix("torch.")}
+        return {"model": self.name, "model_sha256": self.sha256, **dtype}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and the like inside the block; afterwards every module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def require_text_model(model) -> None:
@@ -217,8 +107,12 @@ def require_text_model(model) -> None:
         raise ValueError(f"model: expected a TextModel from load_model, got {type(model).__name__}")
 
 
-def load_model(name_or_path: str = EMBEDDED, device=None) -> TextModel:
-    """Load a model and its tokenizer: a packaged one, a folder, a GGUF file, or a name on the Hugging Face hub.
+def load_model(name_or_path: str = EMBEDDED, device=None, dtype=None) -> TextModel:
+    """Load a model of text and its tokenizer: a packaged one, a folder, a GGUF file, or a name on the Hugging Face hub.
+
+    Any model that AutoModel of transformers builds from safetensors or GGUF weights, without code of its own. A task
+    head is left out. Of an encoder with a decoder (T5, BART) the model is the encoder; of a model of text and pictures
+    (Gemma 3, Qwen2-VL, CLIP) it is the part that reads text. Which heads are read as bilinear forms, `heads` says.
 
     Parameters
     ----------
@@ -226,14 +120,16 @@ def load_model(name_or_path: str = EMBEDDED, device=None) -> TextModel:
         the path of a folder or of a GGUF file (or of a folder with one and no config.json), or a hub name. Weights that
         were rounded in a GGUF file are what they were rounded to.
     device : where the model runs, default `runtime.device()`.
+    dtype : its precision: one of DTYPES or of PyTorch, default float32; ``auto`` is the one its weights are stored in.
+        What a quantised model computes in is its own affair.
 
     Raises
     ------
     ValueError
-        If there is no such model, its files are broken or incomplete (`loading`), it has no safetensors weights or no
-        tokenizer, a checksum does not match, or it is of an architecture that is not supported.
+        If there is no such model, it reads no text, its files are broken or incomplete, it has no safetensors weights
+        or no tokenizer, a checksum does not match, or its quantisation takes a package that is not here.
     """
-    target = runtime.device(device)
+    target, precision = runtime.device(device), _precision(dtype)
     place = _place(name_or_path)
     packed = place is not None and place.suffix == GGUF
     if place and not packed:
@@ -242,13 +138,16 @@ def load_model(name_or_path: str = EMBEDDED, device=None) -> TextModel:
     named, config_of = str(place or name_or_path), "GGUF file" if packed else CONFIG
     options = {"trust_remote_code": False, "local_files_only": place is not None or not runtime.hub_answers()}
     options |= {"gguf_file": place.name} if packed else {}
-    with reading(f"one of {', '.join(SUPPORTED)} in a readable {config_of}" if place else NAMES, named):
+    with reading(f"a kind of model that transformers knows, in a readable {config_of}" if place else NAMES, named):
         from transformers import AutoConfig, AutoModel, AutoTokenizer
 
         config = AutoConfig.from_pretrained(source, **options)
-    kind = architectures.architecture(config)
+    require_text(config)
     architectures.require_sizes(config)
+    if getattr(config, "transformers_weights", None) is not None:
+        raise refusal("a configuration without weights", named, "it names some, as transformers_weights")
     files = [place] if packed else weight_files(place) if place else None
+    quantised = getattr(config, "quantization_config", None) is not None
     with reading(f"{'' if packed else 'safetensors '}weights that fit {config_of}", named):
         # Weights that are missing or of other shapes are let pass, to be named below.
         told = {
@@ -256,23 +155,140 @@ def load_model(name_or_path: str = EMBEDDED, device=None) -> TextModel:
             "ignore_mismatched_sizes": True,
             "use_safetensors": None if packed else True,
         }
-        model, info = AutoModel.from_pretrained(source, dtype=torch.float32, **told, **options)
-    require_weights(model, kind, info, files, named)
+        if quantised:  # packages for that put the weights where they are to stay
+            told["device_map"] = {"": target}
+        if config._attn_implementation not in (None, "eager", "sdpa"):  # a kernel from elsewhere
+            told["attn_implementation"] = "eager"
+        whole, info = AutoModel.from_pretrained(source, dtype=precision, **told, **options)
+    model = text_part(whole)
+    require_weights(whole, model, info, files, named)
     with reading(f"a tokenizer{' in it' if packed else '.json'} that tokenizers can read", named):
         tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, **options)
-        # A tokenizer file may carry limits of its own (128 tokens in the embedded one); contexts are cut here instead.
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
-        tokenizer("A text of words and \u4e00.")
-    before, after = architectures.special_tokens(config, tokenizer)
-    require_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings, before + after, named)
-    loaded = TextModel(str(name_or_path), model.eval(), tokenizer, checksum(files) if files else None)
-    with reading("a model that runs", named), torch.inference_mode():
-        model.to(target)
-        heads(model)
-        states = model(torch.tensor([[*before, 0, *after]], device=target)).last_hidden_state
-        require_finite("output", states)
+    loaded = TextModel(str(name_or_path), model, _unbounded(tokenizer, named), checksum(files) if files else None)
+    if not quantised:
+        with reading(f"a model that fits on {target}", named):
+            model.to(target)
+    _require_running(loaded, named)
     return loaded
+
+
+def text_model(model: nn.Module, tokenizer) -> TextModel:
+    """A model of transformers that is in memory already, base or with a task head, and its tokenizer.
+
+    Neither is changed, nor are the weights copied: the text model is (a part of) the model itself, on its device and in
+    its precision. What reads it does so in evaluation mode (`evaluating`), and leaves it in the mode it was in.
+
+    Raises
+    ------
+    ValueError
+        If one of them is missing or of another kind, the model reads no text, they do not fit, or a weight is not
+        finite.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        expected = "a name, a TextModel, or a model or pipeline of transformers"
+        raise ValueError(f"model: expected {expected}, got {shown(model)}")
+    name = model.name_or_path or type(model).__name__
+    if tokenizer is None:
+        raise ValueError(f"tokenizer: expected that of the model {name!r}, got None")
+    part = text_part(model)
+    for key, weight in part.state_dict().items():
+        if weight.is_meta:
+            raise refusal("weights in memory", name, f"{key} is elsewhere")
+        if weight.dtype in FLOATS and not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
+            raise refusal("finite weights", name, f"NaN or infinity in {key}")
+    found = TextModel(name, part, _unbounded(getattr(tokenizer, "tokenizer", tokenizer), name), _digest(part))
+    _require_running(found, name)
+    return found
+
+
+def as_text_model(value, tokenizer=None, device=None, dtype=None) -> TextModel:
+    """A text model from whatever stands for one: a name (`load_model`), a TextModel, or a model (`text_model`).
+
+    Parameters
+    ----------
+    value : a name or a path; a TextModel; a model of transformers; or a pipeline, which has its tokenizer.
+    tokenizer : that of a model that has none with it.
+    device, dtype : of a model that is loaded. One that is in memory stays what it is.
+
+    Raises
+    ------
+    ValueError
+        As these functions do; or if a tokenizer, device or precision is given that is not that of the model.
+    """
+    if isinstance(value, (str, os.PathLike)):
+        if tokenizer is not None:
+            raise ValueError(f"tokenizer: expected none with a name, which leads to one, got {shown(tokenizer)}")
+        return load_model(os.fspath(value), device, dtype)
+    own = None if isinstance(value, nn.Module) else getattr(value, "tokenizer", None)
+    if isinstance(value, TextModel):
+        found = value
+    else:
+        found = text_model(getattr(value, "model", value) if own is not None else value, tokenizer or own)
+    if None not in (tokenizer, own) and tokenizer is not own:
+        raise ValueError(f"tokenizer: expected none with a {type(value).__name__}, which has one, got another")
+    if device is not None and not _same_device(runtime.device(device), there := found.model.device):
+        raise ValueError(f"device: expected that of the model, {there}, got {device}; move the model")
+    if dtype not in (None, "auto") and _precision(dtype) != found.dtype:
+        raise ValueError(f"dtype: expected that of the model, {found.dtype}, got {dtype}; convert the model")
+    return found
+
+
+def _same_device(wanted: torch.device, there: torch.device) -> bool:
+    return wanted.type == there.type and wanted.index in (None, there.index)
+
+
+def _precision(dtype) -> torch.dtype | str:
+    """A precision as transformers takes it."""
+    if isinstance(dtype, torch.dtype):
+        return as_dtype("dtype", dtype)
+    name = as_choice("dtype", "float32" if dtype is None else dtype, DTYPES)
+    return name if name == "auto" else getattr(torch, name)
+
+
+def _unbounded(tokenizer, name):
+    """A tokenizer that reads whole texts: a copy, where it cuts or fills them up; contexts are cut here instead.
+
+    Its file may carry limits of its own: 128 tokens in that of MiniLM.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise refusal("a fast tokenizer of transformers (tokenizer.json)", name, f"it is a {type(tokenizer).__name__}")
+    with reading("a tokenizer that tokenizers can read", name):
+        if backend.truncation is not None or backend.padding is not None:
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
+        tokenizer("A text of words and \u4e00.")
+    return tokenizer
+
+
+def _require_running(loaded: TextModel, name) -> None:
+    """Refuse a model whose tokenizer is another's, or that does not answer a window of one token in finite numbers."""
+    model = loaded.model
+    before, after = architectures.special_tokens(model.config, loaded.tokenizer)
+    require_tokenizer(loaded.tokenizer, model.get_input_embeddings().num_embeddings, before + after, name)
+    with reading("a model that runs", name), evaluating(model), torch.inference_mode():
+        for key, buffer in model.named_buffers():
+            # Rotary positions of no finite angle, which attention kernels turn into numbers all the same.
+            if key.endswith("inv_freq"):
+                require_finite(key, buffer)
+        states = model(torch.tensor([[*before, 0, *after]], device=model.device))[0]
+        if states.dtype == torch.float16 and not states.isfinite().all():
+            raise ValueError("output: expected numbers that float16 holds, got larger ones; bfloat16 or float32 may do")
+        require_finite("output", states)
+
+
+def _digest(model: nn.Module) -> str | None:
+    """The sha256 of the weights of a model in memory, with their names; None if they are no plain tensors."""
+    digest = hashlib.sha256()
+    for key, weight in model.state_dict().items():
+        if type(weight) is not Tensor:
+            return None
+        digest.update(f"{key} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _place(name_or_path) -> Path | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tokcx_lib.models import architectures
-from tokcx_lib.models.loading import TextModel, require_text_model
+from tokcx_lib.models.loading import TextModel, evaluating, require_text_model
 from tokcx_lib.models.tokenization import read_ids
 from tokcx_lib.theory.limits import Moments
 from tokcx_lib.validation import as_count
@@ -81,6 +81,32 @@ def require_tokens(found: int, tokens: int) -> None:
         raise ValueError(f"text: expected at least {tokens} tokens, got {found}")
 
 
+def window_ends(model: TextModel, context: int) -> tuple[list[int], list[int]]:
+    """Ids of the special tokens before and after the text in each window of `context` tokens, these included.
+
+    Raises
+    ------
+    ValueError
+        If the context exceeds the model's positions, or leaves no place for text.
+    """
+    config = architectures.base_model(model).config
+    before, after = architectures.special_tokens(config, model.tokenizer)
+    least, most = len(before) + len(after) + 1, architectures.most_positions(config)
+    if not least <= as_count("context", context) <= most:
+        raise ValueError(f"context: expected {least} to {most} tokens, got {context}")
+    return before, after
+
+
+def require_ids(model: TextModel, ids: np.ndarray) -> None:
+    """Raise ValueError unless `ids` are token ids (n,), n >= 1, in the model's table."""
+    if ids.ndim != 1 or len(ids) == 0:
+        raise ValueError(f"text: expected at least one token, got shape {ids.shape}")
+    words = architectures.base_model(model).get_input_embeddings().num_embeddings
+    if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= words:
+        found = f"{ids.dtype} from {ids.min()} to {ids.max()}"
+        raise ValueError(f"text: expected token ids from 0 to {words - 1}, got {found}")
+
+
 class _Reached(Exception):
     """Raised in the forward pass once the last layer asked for has been read: what follows is not needed."""
 
@@ -100,7 +126,8 @@ def layer_streams(
 
     Yields
     ------
-    list of Tensor (b, d), one for each layer, float32 on the model's device; special tokens left out, unless asked for
+    list of Tensor (b, d), one for each layer, in the model's precision and on its device; special tokens left out,
+    unless asked for
 
     Raises
     ------
@@ -114,21 +141,13 @@ def layer_streams(
     for layer in layers:
         if not 0 <= layer < len(modules):
             raise ValueError(f"layer: expected 0 to {len(modules) - 1}, got {layer}")
-    ends = architectures.special_tokens(base.config, model.tokenizer)
-    least, most = len(ends[0]) + len(ends[1]) + 1, architectures.most_positions(base.config)
-    if not least <= as_count("context", context) <= most:
-        raise ValueError(f"context: expected {least} to {most} tokens, got {context}")
+    ends = window_ends(model, context)
     ids = np.asarray(tokenize(model, text) if isinstance(text, str) else text)
-    if ids.ndim != 1 or len(ids) == 0:
-        raise ValueError(f"text: expected at least one token, got shape {ids.shape}")
+    require_ids(model, ids)
     if isinstance(text, str):
         require_known(model, ids)
-    words = base.get_input_embeddings().num_embeddings
-    if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= words:
-        found = f"{ids.dtype} from {ids.min()} to {ids.max()}"
-        raise ValueError(f"text: expected token ids from 0 to {words - 1}, got {found}")
     ids = torch.as_tensor(ids.astype(np.int64))
-    return _run_layers(base, modules, _windows(ids, context - least + 1, batch), list(layers), ends, special)
+    return _run_layers(base, modules, _windows(ids, context - sum(map(len, ends)), batch), list(layers), ends, special)
 
 
 def token_stream(model: TextModel, text, layer: int, context: int = CONTEXT, batch: int = 16) -> Iterator[Tensor]:
@@ -165,7 +184,7 @@ def _run_layers(model, modules, windows, layers, ends, special) -> Iterator[list
         inputs = torch.cat([before.expand(rows, -1), block, after.expand(rows, -1)], 1).to(model.device)
         hooks = [modules[i].register_forward_pre_hook(reader(i), with_kwargs=True) for i in set(layers)]
         try:
-            with torch.inference_mode():
+            with evaluating(model), torch.inference_mode():
                 model(inputs, **options)
         except _Reached:
             pass
