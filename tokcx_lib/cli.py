@@ -9,6 +9,7 @@ import argparse
 import math
 import re
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -54,15 +55,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     probe.add_argument("--text", required=True, help="a file, or a known corpus such as wikitext2-test")
     probe.add_argument("--layers", "--layer", type=_layers, help="for example 0,3-5 (default: all)")
-    count = "tokens of the text to use, such as 5000 or 1e6 (default: 100000)"
-    probe.add_argument("--tokens", type=_count(2), default=100_000, help=count)
-    probe.add_argument("--queries", type=_count(1), default=1024, help="queries drawn to stand for all (default: 1024)")
+    seen = "tokens the model sees at once (default: 2048, with --tokens 256, or as many as it can)"
+    probe.add_argument("--context", type=_count(1), help=seen)
+    read = "in context: how many windows of the text to read, each query its own past (default: 4)"
+    probe.add_argument("--windows", type=_count(1), help=read)
+    budgets = "in context: root mean square error of a head's output that the budgets are for (default: 0.1)"
+    probe.add_argument("--error", type=_number, help=budgets)
+    count = "pooled: how many tokens of the text are the keys of every query, such as 5000 or 1e6"
+    probe.add_argument("--tokens", type=_count(2), help=count)
+    asked = "queries that stand for all (default: 32 late ones of each window; pooled: 1024)"
+    probe.add_argument("--queries", type=_count(1), help=asked)
     probe.add_argument("--seed", type=_count(0, 2**63 - 2), default=0)
     probe.add_argument("--device", help="cpu, cuda, cuda:1 … (default: TOKCX_DEVICE or cpu)")
-    seen = "tokens the model sees at once (default: 256, or as many as it can)"
-    probe.add_argument("--context", type=_count(1), help=seen)
+    probe.add_argument("--dtype", help="precision: float32 (default), bfloat16, float16, or auto, as it is stored")
     probe.add_argument(
-        "--out", type=Path, help="folder for heads.csv, report.html, figures; a stopped probe resumes there"
+        "--out",
+        type=Path,
+        help="folder for the table, report.html, report.json, figures; a stopped probe resumes there",
     )
     probe.add_argument("--force", action="store_true", help="replace what another probe left in that folder")
     probe.set_defaults(action=_probe)
@@ -170,43 +179,50 @@ def _probe_into(options: argparse.Namespace) -> None:
     from tokcx_lib import records
     from tokcx_lib.models.corpora import open_corpus
     from tokcx_lib.models.loading import load_model
-    from tokcx_lib.models.tokens import first_ids
     from tokcx_lib.probe import report
-    from tokcx_lib.probe.plan import default_context, plan
-    from tokcx_lib.probe.pooled import pooled_probe
-    from tokcx_lib.probe.resuming import discard_checkpoint
+    from tokcx_lib.probe.question import discard, question
     from tokcx_lib.sampling import distributed
 
+    began = time.monotonic()
     corpus = open_corpus(options.text)
-    model = load_model(options.model, distributed.own_device(options.device))
-    ids = first_ids(model, corpus.pieces(), options.tokens)
-    chosen = {name: getattr(options, name) for name in ("tokens", "queries", "seed", "context")}
-    chosen["context"] = default_context(model) if options.context is None else options.context
-    settings = plan(model, ids, options.layers, **chosen)
-    # A file may be longer than what is read of it; the checksum of the ids, in the plan, stands for what was.
-    meta = {**chosen, "text": corpus.name, "text_sha256": corpus.known_sha256}
+    model = load_model(options.model, distributed.own_device(options.device), options.dtype)
+    names = ("windows", "tokens", "context", "queries", "error", "layers", "seed")
+    asked = question(model, corpus.pieces(), **{name: getattr(options, name) for name in names})
     checkpoint = options.out / ".probe" if options.out else None
     if options.out and not options.force and distributed.rank() == 0:
-        report.require_unused(options.out, settings)
+        report.require_unused(options.out, asked.plan)
     try:
-        table = pooled_probe(model, ids, options.layers, checkpoint=checkpoint, **chosen)
+        table = asked.answer(checkpoint)
     except KeyboardInterrupt:
         then = "; the same command goes on from its last checkpoint" if checkpoint else ""
         print(f"tokcx: stopped{then}", file=sys.stderr)
         raise SystemExit(130) from None
     if table is None:  # the first rank has it
         return
-    print(f"{options.model} on {meta['text']}: {options.tokens} tokens, device: {model.model.device}")
-    print(_shown(table).to_string(index=False, float_format=lambda number: f"{number:.4g}"))
+    # A file may be longer than what is read of it; the checksum of the ids, in the plan, stands for what was.
+    meta = {"text": corpus.name, "text_sha256": corpus.known_sha256, **asked.plan, **table.attrs}
+    meta |= {"seconds": time.monotonic() - began, "peak_memory_gb": runtime.peak_memory(model.model.device) / 1e9}
+    read = "{tokens} tokens" if options.tokens else "{windows} windows of {context} tokens"
+    print(f"{options.model} on {corpus.name}: {read.format(**meta)}, device: {model.model.device}")
+    shown = _pooled_columns(table) if options.tokens else _context_columns(table)
+    print(shown.to_string(index=False, float_format=lambda number: f"{number:.4g}"))
     if options.out:
-        meta = {**meta, **settings, **records.provenance(model.model.device)}
-        paths = report.write(table, meta, options.out)
-        discard_checkpoint(checkpoint)
+        paths = report.write(table, {**meta, **records.provenance(model.model.device)}, options.out)
+        discard(checkpoint)
         print(f"wrote {', '.join(path.name for path in paths)} in {options.out}")
 
 
-def _shown(table):
-    """The columns of a probe that fit a terminal."""
+def _context_columns(table):
+    """The columns of a probe in context that fit a terminal."""
+    names = {"layer": "layer", "head": "head", "keys": "keys", "load": "load", "phase": "phase", "effective": "eff"}
+    names |= {"window": "window"} if "window" in table else {}
+    names |= {"share_first": "first", "share_near": "near"}
+    names |= {f"keys_{policy}": policy for policy in ("drawn", "latest", "first_latest", "heaviest")}
+    return table[list(names)].rename(columns=names)
+
+
+def _pooled_columns(table):
+    """The columns of a pooled probe that fit a terminal."""
     effective = [name for name in table if name.startswith("effective_")]
     names = {"layer": "layer", "head": "head", "horizon": "horizon", "coupling": "coupling", "load_median": "load"}
     names |= {"load_95": "load_95%", "exponent_sharp": "exponent", "tokens_10_percent": "n@10%", "phase": "phase"}

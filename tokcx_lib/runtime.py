@@ -7,6 +7,8 @@ every function also takes a device of its own.
 from __future__ import annotations
 
 import os
+import resource
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,6 +98,12 @@ def hub_answers() -> bool:
     except Exception:  # the client raises many kinds, from its own and from the network's libraries
         return False
     return True
+
+
+def peak_memory(used: torch.device) -> int:
+    """The most bytes that this process has had in memory, and on the device that it used."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return most + (torch.cuda.max_memory_allocated(used) if used.type == "cuda" else 0)
 
 
 def report() -> str:

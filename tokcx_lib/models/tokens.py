@@ -51,12 +51,13 @@ def require_known(model: TextModel, ids: np.ndarray) -> None:
         raise ValueError(f"text: expected at most {most} of its tokens unknown to {model.name!r}, got {share}")
 
 
-def first_ids(model: TextModel, text: str | Iterable[str], tokens: int | None = None) -> np.ndarray:
+def first_ids(model: TextModel, text: str | Iterable[str], tokens: int | None = None, reason: str = "") -> np.ndarray:
     """Ids (n,) of the first `tokens` tokens of a text, or of all, int64; no more of it is read than that takes.
 
     Parameters
     ----------
     model : whose tokenizer is used; text : a string, or an iterable of the pieces of one.
+    reason : what an error says after the number of tokens.
 
     Raises
     ------
@@ -71,14 +72,14 @@ def first_ids(model: TextModel, text: str | Iterable[str], tokens: int | None = 
         count += len(ids)
         if tokens is not None and count >= tokens:
             break
-    require_tokens(count, tokens or 0)
+    require_tokens(count, tokens or 0, reason)
     return np.concatenate(parts)[:tokens]
 
 
-def require_tokens(found: int, tokens: int) -> None:
+def require_tokens(found: int, tokens: int, reason: str = "") -> None:
     """Raise ValueError if a text has fewer tokens than are asked for."""
     if found < tokens:
-        raise ValueError(f"text: expected at least {tokens} tokens, got {found}")
+        raise ValueError(f"text: expected at least {tokens} tokens{reason}, got {found}")
 
 
 def window_ends(model: TextModel, context: int) -> tuple[list[int], list[int]]:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from tokcx_lib import checkpoints, records, runtime
 from tokcx_lib.models import architectures
 from tokcx_lib.models.capture import Attention, capture
-from tokcx_lib.models.loading import TextModel
+from tokcx_lib.models.loading import TextModel, evaluating
 from tokcx_lib.probe.policies import POLICIES, jackknife, keys_needed, lengths_up_to
 from tokcx_lib.probe.predictions import drawn_errors
 from tokcx_lib.probe.queries import layer_notes
@@ -74,19 +74,18 @@ def probe_in_context(
     ValueError
         If a layer does not exist, or the model computes its attention itself.
     """
-    before, after = architectures.special_tokens(architectures.base_model(model).config, model.tokenizer)
+    before, after = architectures.special_tokens(model.model.config, model.tokenizer)
     width = context - len(before) - len(after)
     blocks = ids[: windows * width].reshape(windows, width)
     inside = range(len(before), len(before) + width)
     store = _Store(checkpoint, plan)
     mine = {window: store.load(window) for window in distributed.shard(range(windows))}
     left = [window for window, found in mine.items() if found is None]
-    count = getattr(architectures.base_model(model).config, "num_hidden_layers", 1) if layers is None else len(layers)
+    count = getattr(model.model.config, "num_hidden_layers", 1) if layers is None else len(layers)
     with tqdm(total=len(left) * count, unit=" layers", desc="probe", leave=False) as bar:
         for window in left:
-            mine[window] = _read(
-                model, [*before, *blocks[window], *after], inside, queries, layers, (seed, window), bar
-            )
+            row = [*before, *blocks[window].tolist(), *after]
+            mine[window] = _read(model.model, row, inside, queries, layers, (seed, window), bar)
             store.save(window, mine[window])
     every = {window: found for part in distributed.gather_objects(mine) for window, found in part.items()}
     return _table([every[window] for window in range(windows)], error) if distributed.rank() == 0 else None
@@ -94,8 +93,7 @@ def probe_in_context(
 
 def _read(model, ids, text: range, queries: int, layers, keys, bar) -> dict[str, np.ndarray]:
     """What is noted of all layers in one window, whose text is at some places: arrays by name, "LAYER NOTE"."""
-    base = architectures.base_model(model)
-    device, lengths = next(base.parameters()).device, lengths_up_to(len(ids))
+    device, lengths = next(model.parameters()).device, lengths_up_to(len(ids))
     draws = torch.rand(queries, len(ids), generator=runtime.stream(*keys)).to(device)
     noted: dict[int, list[dict[str, np.ndarray]]] = {}  # some models have two attentions in a layer
     spent = 0.0
@@ -112,13 +110,15 @@ def _read(model, ids, text: range, queries: int, layers, keys, bar) -> dict[str,
             bar.update()
 
     began = time.monotonic()
-    with torch.inference_mode(), capture(base, read):
+    with evaluating(model), torch.inference_mode(), capture(model, read):
         try:
             # A decoder would keep the keys and values of every layer for a continuation that never comes.
-            options = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
-            base(torch.tensor([ids], device=device), **options)
+            options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+            model(torch.tensor([ids], device=device), **options)
         except _Reached:
             pass
+    if layers is not None and (missing := sorted(set(layers) - set(noted))):
+        raise ValueError(f"layers: expected layers with softmax attention, got {', '.join(map(str, missing))}")
     seconds = np.array([time.monotonic() - began - spent, spent])
     found = {
         f"{layer} {note}": np.concatenate([each[note] for each in calls])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,8 @@ import torch
 
 import tokcx_lib
 from tokcx_lib.models import architectures
-from tokcx_lib.models.heads import heads
 from tokcx_lib.models.loading import TextModel
 from tokcx_lib.models.tokens import CONTEXT
-from tokcx_lib.probe.layers import existing_layers
 
 
 def default_context(model: TextModel) -> int:
@@ -23,19 +20,13 @@ def default_context(model: TextModel) -> int:
     return min(CONTEXT, architectures.most_positions(architectures.base_model(model).config))
 
 
-def plan(
-    model: TextModel, ids: np.ndarray, layers: Sequence[int] | None, tokens: int, queries: int, seed: int, context: int
-) -> dict:
-    """All that the numbers of a probe depend on; `ids` are those of its `tokens` tokens."""
+def plan(model: TextModel, ids: np.ndarray, settings: dict) -> dict:
+    """All that the answer of a probe depends on: `ids` of the tokens that it reads, `settings` its numbers."""
     device = next(model.model.parameters()).device
     return {
         **model.provenance,
         "tokens_sha256": hashlib.sha256(np.asarray(ids).astype(np.int64).tobytes()).hexdigest(),
-        "tokens": tokens,
-        "layers": existing_layers(layers, heads(model)),
-        "queries": min(queries, tokens),
-        "seed": seed,
-        "context": context,
+        **settings,
         "device": str(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -51,9 +42,14 @@ def differing(there: dict, here: dict) -> list[str]:
     # Of the same weights the folder may have another name.
     weights = "model_sha256" if here["model_sha256"] else "model"
     found = ["model"] if there.get(weights) != here[weights] else []
-    found += [name for name in ("tokens", "layers", "queries", "seed", "context") if there.get(name) != here[name]]
+    if "windows" in there and "tokens" in here or "tokens" in there and "windows" in here:
+        return [*found, "sample of keys"]
+    names = ("tokens", "windows", "layers", "queries", "seed", "context", "error", "model_dtype")
+    found += [name for name in names if there.get(name) != here.get(name)]
     # Other models and other numbers of tokens have other ids on the same text.
-    if there.get("tokens_sha256") != here["tokens_sha256"] and not {"model", "tokens"} & set(found):
+    if there.get("tokens_sha256") != here["tokens_sha256"] and not {"model", "tokens", "windows", "context"} & set(
+        found
+    ):
         found.append("text")
     return found
 

@@ -100,7 +100,8 @@ def pooled_probe(
     order = _order(ids, width, queries, seed)
     lengths = _lengths(tokens, states)
 
-    saved = Checkpoint(checkpoint, plan(model, ids, list(states), tokens, queries, seed, context))
+    numbers = {"tokens": tokens, "layers": list(states), "queries": queries, "seed": seed, "context": context}
+    saved = Checkpoint(checkpoint, plan(model, ids, numbers))
     reader = _Reader(model, context, states, saved)
     mine = _share(len(order.queries), width)
     places = np.where(mine[order.places], np.cumsum(mine)[order.places] - 1, -1)  # among my windows, or nowhere
