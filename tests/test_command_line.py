@@ -29,7 +29,7 @@ def minilm():
 def quick(monkeypatch, minilm, tmp_path):
     """A probe of the packaged model that takes no time: it is loaded once, and no figures are drawn."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loading, "load_model", lambda name, device: (runtime.device(device), minilm)[1])
+    monkeypatch.setattr(loading, "load_model", lambda name, device, dtype: (runtime.device(device), minilm)[1])
     monkeypatch.setattr(report, "_draw", lambda *arguments, **options: b"")
     (tmp_path / "text.txt").write_text("Attention over a law of tokens, and what a head makes of it. " * 60)
     return ["probe", "--text", "text.txt", "--layers", "0", "--tokens", "300", "--queries", "8"]
