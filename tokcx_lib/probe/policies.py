@@ -7,7 +7,8 @@ values. `keys_needed` turns errors at a list of lengths into a number of keys, `
 drawn : at random, without replacement.
 latest : those nearest in position first, which for a causal query are the latest.
 first_latest : the first position of the window, where many heads put weight that they do not use, then the nearest.
-heaviest : largest weight first. No cache can know that order in advance; it bounds what any could do.
+heaviest : largest weight first, an order that no cache can know in advance. It is not the best one: where many keys
+    share the attention evenly, those drawn at random stand for the rest, and the heaviest do not.
 """
 
 from __future__ import annotations

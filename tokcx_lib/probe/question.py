@@ -10,21 +10,23 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
 from tokcx_lib.models import architectures
 from tokcx_lib.models.heads import heads
 from tokcx_lib.models.loading import TextModel, require_text_model
-from tokcx_lib.models.tokens import first_ids, require_known, require_tokens
+from tokcx_lib.models.tokens import first_ids, require_ids, require_known, require_tokens
 from tokcx_lib.probe.context import discard_windows, probe_in_context
 from tokcx_lib.probe.layers import existing_layers
 from tokcx_lib.probe.plan import default_context, plan
 from tokcx_lib.probe.pooled import MOST_SEED, pooled_probe
 from tokcx_lib.probe.resuming import discard_checkpoint
-from tokcx_lib.validation import as_count, as_list, as_positive
+from tokcx_lib.validation import as_count, as_list, as_positive, shown
 
 WINDOWS = 4  # of a probe in context that does not say
 MOST_CONTEXT = 2048  # tokens that a model sees at once in one that does not say, or as many as it can
@@ -112,9 +114,14 @@ def discard(checkpoint: Path) -> None:
 
 
 def _ids(model: TextModel, text, count: int, why: str) -> np.ndarray:
-    """The first ids (count,) of a text, or of ids."""
-    if isinstance(text, Sequence | np.ndarray) and not isinstance(text, str) and not isinstance(text[0], str):
+    """The first ids (count,) of a text, of its pieces, or of ids."""
+    if isinstance(text, Sequence) and not isinstance(text, str) and not all(isinstance(part, str) for part in text):
+        if not all(isinstance(part, Integral) for part in text):
+            raise ValueError(f"text: expected a string, pieces of one, or token ids, got {shown(text)}")
+        text = np.array(text)
+    if isinstance(text, np.ndarray | Tensor):
         ids = np.asarray(text)
+        require_ids(model, ids)
     else:
         ids = first_ids(model, text, count, why)
     require_tokens(len(ids), count, why)
