@@ -247,7 +247,7 @@ MODULES: dict[str, dict] = {
                     "reduced_load": 1.5},
     "streaming": ATTENTION | {"a": _partial(0), "b": _partial(3), "blocks": _blocks(), "law": law(), "seed": 0,
                               "start": 5, "stop": 20, "dtype": torch.float64, "device": "cpu", "x": normal(40, DIM),
-                              "A": FORM, "V": VALUES, "shift": normal(DIM)},
+                              "A": FORM, "V": VALUES, "shift": normal(DIM), "causal": True, "grouped": False},
     "subsampled": {"batch": _contexts(), "keys": 2, "seed": 0, "layers": 2, "keep_special": True,
                    "seen": torch.ones(2, 5, dtype=torch.bool), "states": STATES[0], "real": _contexts().real},
     "sweeps": SWEEP | {"tabulate": True, "errors": normal(5, 2, 4), "matrices": torch.stack([COV, FORM @ FORM.mT])},

@@ -201,6 +201,41 @@ def test_effective_tokens_against_the_weights():
         assert torch.allclose(counted, 1 / (weights**2).sum(-1), rtol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("m", [1, 37, 70])
+@pytest.mark.parametrize("causal, grouped", [(True, False), (False, True), (True, True)])
+def test_causal_and_grouped_queries_against_the_weights(causal, grouped, m, dtype, monkeypatch):
+    """The queries of the last m of 70 tokens; some blocks end with a length, others at their size."""
+    monkeypatch.setattr(streaming, "CAUSAL_BLOCK", 16)
+    monkeypatch.setattr(streaming, "LOGITS", 500)  # some rows of a block at a time
+    rng, lengths = torch.Generator().manual_seed(2), [1, 16, 40, 41, 70]
+    q, k, v = (torch.randn(2, h, n, 5, generator=rng).to(dtype) for h, n in ((6, m), (3, 70), (3, 70)))
+    shared = [x.double().repeat_interleave(2, -3) for x in (k, v)]
+    if not grouped:
+        k, v = (x.repeat_interleave(2, -3) for x in (k, v))
+    outputs = prefix_attention(q, k, v, lengths, causal, grouped)
+    effective = streaming.effective_tokens(q, k, lengths, causal, grouped)
+    precise = 1e-12 if dtype == torch.float64 else 0.02
+    assert outputs.dtype == torch.float64 if dtype == torch.float64 else outputs.dtype == torch.float32
+    for output, found, n in zip(outputs, effective, lengths):
+        logits = q.double() @ shared[0][..., :n, :].mT
+        if causal:
+            unseen = torch.arange(n) > torch.arange(70 - m, 70)[:, None]
+            logits = logits.masked_fill(unseen, -torch.inf)
+        weights = torch.softmax(logits, -1)
+        assert (output - weights @ shared[1][..., :n, :]).abs().max() < precise
+        assert (found * (weights**2).sum(-1) - 1).abs().max() < precise
+
+
+def test_queries_that_are_no_tokens_or_form_no_groups_are_refused():
+    q, k = torch.ones(6, 5, 2), torch.ones(4, 5, 2)
+    with pytest.raises(ValueError, match=r"^q: expected at most 4 tokens, the last of those in k"):
+        streaming.effective_tokens(torch.ones(5, 2), torch.ones(4, 2), [4], causal=True)
+    for keys in (k, torch.ones(5, 2)):
+        with pytest.raises(ValueError, match=r"^k: expected shape \(..., groups, n, d\).*got .* and \(6, 5, 2\)"):
+            prefix_attention(q, keys, keys, [4], grouped=True)
+
+
 def test_batches_and_plain_lists_of_axes():
     q, k, v = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 9, 4), torch.randn(2, 3, 9, 2)
     outputs = prefix_attention(q, k, v, [2, 9])

@@ -270,7 +270,7 @@ def _grouped(q: Tensor, k: Tensor) -> str:
         return ""
     group, (heads, m, d) = q.shape[-3] // k.shape[-3], (k.shape[-3], *q.shape[-2:])
     return (
-        f"; where {group} heads of queries share one of keys, as in grouped-query attention, give "
+        f"; where {group} heads of queries share one of keys, give grouped=True to a function that has it, else "
         f"k.repeat_interleave({group}, -3) and v alike, or, without a copy, queries (..., {heads}, {group * m}, {d}): "
         f"q.unflatten(-3, ({heads}, {group})).flatten(-3, -2)"
     )

@@ -27,9 +27,11 @@ from tokcx_lib import runtime
 from tokcx_lib.theory.laws import Law
 from tokcx_lib.theory.limits import Moments
 from tokcx_lib.validation import (
+    HALF,
     as_attention,
     as_count,
     as_dtype,
+    as_flag,
     as_kind,
     as_law,
     as_lengths,
@@ -46,6 +48,7 @@ DRAW_BLOCK = 16_384  # tokens drawn at once from one random stream
 KEY_BLOCK = 65_536  # keys handed to the kernel at once; bounds the copies made where head sizes are padded
 QUERY_BLOCK = 16_384  # queries whose outputs are held at once while moments are accumulated
 SMALL_BLOCK = 1_024  # least queries of each set in one call, however many sets there are: the kernels want many
+CAUSAL_BLOCK = 1_024  # keys that come at once to queries which see only those before them
 LOGITS = 2**26  # logits held at once where there is no fused kernel
 
 
@@ -105,10 +108,13 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor) -> Partial:
     return Partial(output[..., :d_v].to(lse.dtype).reshape(*shape, d_v), lse[..., :m].reshape(shape))
 
 
-def _unfused(q: Tensor, k: Tensor, v: Tensor) -> Partial:
-    """For devices and precisions without a fused kernel: some queries at a time, so that LOGITS bounds the memory."""
+def _unfused(q: Tensor, k: Tensor, v: Tensor, more: int | None = None) -> Partial:
+    """Where there is no fused kernel: some queries at a time, so that LOGITS bounds the memory.
+
+    With a number `more`, query i sees the keys 0, ..., i + more alone.
+    """
     rows = max(1, LOGITS * q.shape[-2] // (q[..., 0].numel() * k.shape[-2]))
-    parts = [_plain(part, k, v) for part in q.split(rows, -2)]
+    parts = [_plain(part, k, v, None if more is None else more + i * rows) for i, part in enumerate(q.split(rows, -2))]
     return Partial(torch.cat([part.output for part in parts], -2), torch.cat([part.lse for part in parts], -1))
 
 
@@ -124,9 +130,12 @@ def _four_axes(x: Tensor, width: int) -> Tensor:
     return x if apart else x.clone(memory_format=torch.contiguous_format)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor) -> Partial:
+def _plain(q: Tensor, k: Tensor, v: Tensor, more: int | None) -> Partial:
     """Attention with the whole matrix of logits, in the precision of q."""
     logits = q @ k.mT
+    if more is not None:
+        later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(more + 1)
+        logits = logits.masked_fill(later, -torch.inf)
     lse = torch.logsumexp(logits, -1)
     return Partial(torch.softmax(logits, -1) @ v, lse)
 
@@ -246,22 +255,77 @@ def drawn_blocks(
         yield tokens, tokens
 
 
-def prefix_states(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Iterator[Partial]:
+def prefix_states(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], causal: bool = False, grouped: bool = False
+) -> Iterator[Partial]:
     """The state after each prefix of the keys, one after the other: one pass over the keys for all lengths.
 
     Parameters and errors as for `prefix_attention`.
     """
-    q, k, v = as_attention(q, k, v)
-    return _states(q, [(k, v)], as_lengths("lengths", lengths, most=k.shape[-2]))
+    causal, grouped = as_flag("causal", causal), as_flag("grouped", grouped)
+    q, k, v = as_attention(_apart(q, k) if grouped else q, k, v)
+    lengths = as_lengths("lengths", lengths, most=k.shape[-2])
+    if causal and q.shape[-2] > k.shape[-2]:
+        raise ValueError(
+            f"q: expected at most {k.shape[-2]} tokens, the last of those in k, got shape {tuple(q.shape)}"
+        )
+    states = _causal_states(q, k, v, lengths) if causal else _states(q, [(k, v)], lengths)
+    return map(_together, states) if grouped else states
 
 
-def prefix_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+def _apart(q: Tensor, k: Tensor) -> Tensor:
+    """Queries (heads / groups, ..., groups, m, d) from (..., heads, m, d), to which each group of keys is common."""
+    q, k = as_tensor("q", q), as_tensor("k", k)
+    if min(q.ndim, k.ndim) < 3 or k.shape[-3] == 0 or q.shape[-3] % k.shape[-3]:
+        expected = "(..., groups, n, d), with grouped queries (..., heads, m, d) of a multiple of the groups"
+        raise ValueError(f"k: expected shape {expected}, got {tuple(k.shape)} and {tuple(q.shape)}")
+    return q.unflatten(-3, (k.shape[-3], -1)).movedim(-3, 0)
+
+
+def _together(state: Partial) -> Partial:
+    """The heads of a state for queries from `_apart`, in one axis again."""
+    return Partial(state.output.movedim(0, -3).flatten(-4, -3), state.lse.movedim(0, -2).flatten(-3, -2))
+
+
+def _causal_states(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Iterator[Partial]:
+    """As `_states`, for queries that are the last tokens and see keys up to their own."""
+    state, start, first = None, 0, k.shape[-2] - q.shape[-2]  # first: the token of the first query
+    for length in lengths:
+        for low in range(start, length, CAUSAL_BLOCK):
+            high = min(low + CAUSAL_BLOCK, length)
+            keys, values = k[..., low:high, :], v[..., low:high, :]
+            # Queries before `some` see none of these keys, those from `all_` on all of them: the last one does.
+            some, all_ = max(low - first, 0), max(high - 1 - first, 0)
+            block = _kernel(q[..., all_:, :], keys, values)
+            if some < all_:
+                wide = (x.float() if x.dtype in HALF else x for x in (q[..., some:all_, :], keys, values))
+                block = _below(_unfused(*wide, first + some - low), block)
+            if state is not None:
+                seeing = Partial(state.output[..., some:, :], state.lse[..., some:])
+                before = Partial(state.output[..., :some, :], state.lse[..., :some])
+                block = _below(before, _merge(seeing, block))
+            state = block
+        start = length
+        yield state
+
+
+def _below(a: Partial, b: Partial) -> Partial:
+    """The state of some queries, then of others."""
+    return Partial(torch.cat([a.output, b.output], -2), torch.cat([a.lse, b.lse], -1))
+
+
+def prefix_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], causal: bool = False, grouped: bool = False
+) -> Tensor:
     """Softmax attention over the first n keys, for every n in `lengths`, in one pass over the keys.
 
     Parameters
     ----------
     q : (..., m, d); k : (..., n, d); v : (..., n, d_v), as `partial_attention` takes them.
     lengths : increasing integers from 1 to n.
+    causal : whether a query sees only keys up to its own; the m queries are those of the last m of the n tokens.
+    grouped : whether heads share keys, as in grouped-query attention: of q (..., heads, m, d) and k, v (..., groups, n,
+        d), query head h reads the keys of group h // (heads / groups), which are not copied.
 
     Returns
     -------
@@ -273,25 +337,28 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) ->
     ValueError
         If shapes, precisions or devices do not match, lengths do not increase or exceed n, or entries are not finite.
     """
-    return torch.stack([state.output for state in prefix_states(q, k, v, lengths)])
+    return torch.stack([state.output for state in prefix_states(q, k, v, lengths, causal, grouped)])
 
 
-def effective_tokens(q: Tensor, k: Tensor, lengths: Sequence[int]) -> Tensor:
+def effective_tokens(
+    q: Tensor, k: Tensor, lengths: Sequence[int], causal: bool = False, grouped: bool = False
+) -> Tensor:
     """Effective number of tokens 1 / sum_j w_j^2 (inverse participation ratio) over each prefix of the keys.
 
     Since w_j = e^{l_j - L}, the sum of squares is e^{L(2q) - 2 L(q)}: two log-sum-exps, no matrix of weights.
 
     Parameters
     ----------
-    q : (..., m, d); k : (..., n, d); lengths : increasing integers from 1 to n.
+    q : (..., m, d); k : (..., n, d); lengths : increasing integers from 1 to n; causal, grouped : as for
+        `prefix_attention`.
 
     Returns
     -------
     Tensor of shape (len(lengths), ..., m), between 1 and n
     """
     q, k = as_tensor("q", q), as_tensor("k", k)
-    once = torch.stack([state.lse for state in prefix_states(q, k, k, lengths)])
-    twice = torch.stack([state.lse for state in prefix_states(2 * q, k, k, lengths)])
+    once = torch.stack([state.lse for state in prefix_states(q, k, k, lengths, causal, grouped)])
+    twice = torch.stack([state.lse for state in prefix_states(2 * q, k, k, lengths, causal, grouped)])
     return torch.exp(2 * once - twice)
 
 
