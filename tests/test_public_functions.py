@@ -18,7 +18,7 @@ from tokcx_lib.models.tokens import layer_streams, tokenize
 from tokcx_lib.sampling import fits, streaming, sweeps
 from tokcx_lib.sampling.streaming import prefix_attention
 from tokcx_lib.studies import extremes
-from tokcx_lib.theory import geometry, laws, rates
+from tokcx_lib.theory import geometry, laws, rates, softmax_law
 
 SECONDS = 2.0  # for one call, at most
 PART = 8  # the quick test tries every eighth case
@@ -258,6 +258,8 @@ def test_a_sample_where_a_law_is_expected_is_pointed_to_empirical():
             call()
     with refused("^law: expected a law made from it"):
         rates.clt_covariance(laws.Uniform, torch.zeros(3))
+    with refused(r"^law: expected Gaussian, .*, got Tensor of shape \(9, 3\)$"):
+        softmax_law.map_error(10, 1.0, law=tokens)
 
 
 def test_scalar_tokens_are_asked_for_as_a_column():
@@ -281,8 +283,11 @@ def test_grouped_queries_are_told_both_remedies_and_both_are_right():
 def test_a_table_of_several_settings_is_refused_by_fit_slope():
     law = laws.Gaussian(torch.eye(2))
     table = sweeps.pointwise_sweep(law, torch.ones(2, 2), [5, 10], 3, 0)
-    with refused(r"^table: expected one row for each replicate and n.*`by`.*'query'"):
+    # The entries of an error differ too, but they are no setting.
+    with refused("^table: expected one row for each replicate and n, got 12 for 6, which 'query' tells apart;.*`by`"):
         fits.fit_slope(table, "error")
+    with refused(r"^error: expected a column 'error' in the table, which has .*, 'error', .*, 'error'\]$"):
+        fits.fit_slope(pd.concat([table, table["error"]], axis=1), "error")
     assert len(fits.fit_slopes(table, "error", "query", resamples=20)) == 2
 
 

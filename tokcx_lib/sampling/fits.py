@@ -142,11 +142,15 @@ def _resample(table: pd.DataFrame, error: str, resamples: int, seed: int) -> _Sa
     as_kind("table", table, pd.DataFrame)
     _require_column("table", table, "replicate"), _require_column("table", table, "n")
     _require_column("error", table, error)
-    if table.duplicated(["replicate", "n"]).any():
+    groups = table.groupby(["replicate", "n"], dropna=False).ngroups
+    if groups < len(table):
+        # A setting comes back for every replicate and n; what was measured does not.
         others = [name for name in table if name not in ("replicate", "n", error)]
+        settings = [name for name in others if 1 < table[name].nunique() <= len(table) / groups]
+        apart = ", ".join(map(repr, settings or others)) or "no column"
         raise ValueError(
-            "table: expected one row for each replicate and n, got several; take the rows of one setting, or "
-            f"`fit_slopes` with `by`, such as one of {others}"
+            f"table: expected one row for each replicate and n, got {len(table)} for {groups}, which {apart} tells "
+            f"apart; take the rows of one setting, or means over settings, or `fit_slopes` with `by`"
         )
     grid = table.pivot(index="replicate", columns="n", values=error)
     if grid.shape[0] < 2 or grid.shape[1] < 2 or grid.isna().any(axis=None):
@@ -178,7 +182,7 @@ def _resample(table: pd.DataFrame, error: str, resamples: int, seed: int) -> _Sa
 
 
 def _require_column(name: str, table: pd.DataFrame, column) -> None:
-    if not isinstance(column, str) or column not in table:
+    if not isinstance(column, str) or list(table).count(column) != 1:
         raise ValueError(f"{name}: expected a column {shown(column)} in the table, which has {list(table)}")
 
 

@@ -83,7 +83,8 @@ def gaussian_limit(law: Gaussian, A, V=None, shift=None) -> Moments:
         If the law is not Gaussian, or A, V or shift does not match it.
     """
     if not isinstance(law, Gaussian):
-        raise ValueError(f"limit, law: only Gaussian tokens have one in closed form here; give it for {shown(law)}")
+        expected = "a Gaussian law, whose limit has a closed form, or the limit itself"
+        raise ValueError(f"limit, law: expected {expected}, got {shown(law)}")
     mean, cov = law.mean.double(), law.cov.double()
     matrix = cov @ as_square("A", A, law.dim).to(cov)
     mean = mean + matrix @ mean

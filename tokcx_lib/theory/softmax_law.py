@@ -233,10 +233,11 @@ def _averages(t: float, law: Law | None, log_n: float) -> _Averages:
         power = law.dim / 2 - (1 if isinstance(law, UniformSphere) else 0)
         unit, weights = _gegenbauer(_node_count(t * law.radius), power)
         return _bounded_averages(t, law.radius * unit, weights, log_n)
-    if getattr(law, "dim", None) != 1 or not isinstance(law, (Rademacher, Uniform, Empirical)):
+    scalar = isinstance(law, (Rademacher, Uniform, Empirical))
+    if not scalar or law.dim != 1:
         raise ValueError(
             "law: expected Gaussian, Rademacher, Uniform or Empirical in one dimension, UniformSphere or UniformBall, "
-            f"got {shown(law)} with dim {getattr(law, 'dim', None)}"
+            f"got {shown(law)}" + (f" in {law.dim} dimensions" if scalar else "")
         )
     if isinstance(law, Rademacher):
         return _bounded_averages(t, np.array([-1.0, 1.0]), np.array([0.5, 0.5]), log_n)
