@@ -104,7 +104,7 @@ def pooled_probe(
     saved = Checkpoint(checkpoint, plan(model, ids, numbers))
     reader = _Reader(model, context, states, saved)
     mine = _share(len(order.queries), width)
-    places = np.where(mine[order.places], np.cumsum(mine)[order.places] - 1, -1)  # among my windows, or nowhere
+    places = np.where(mine[order.places], np.cumsum(mine)[order.places] - 1, -1)  # among my ids, or nowhere
     asked = np.bincount(places[places >= 0], minlength=mine.sum())
     for start, batch in reader.batches("queries", order.queries[mine], asked):
         for state, x in zip(states.values(), batch):
@@ -112,7 +112,7 @@ def pooled_probe(
     for state in states.values():
         state.share_queries()
     mine = _share(len(order.keys), width)
-    mine_of = np.cumsum(mine)[np.array(lengths) - 1].tolist()  # of the keys up to each length
+    mine_of = np.cumsum(mine)[np.array(lengths) - 1].tolist()  # my keys among the first n, for each length n
     for _, batch in reader.batches("tokens", order.keys[mine], np.ones(mine.sum(), dtype=int)):
         for state, x in zip(states.values(), batch):
             state.add_keys(x.float(), mine_of)
@@ -142,7 +142,7 @@ def _order(ids: np.ndarray, width: int, queries: int, seed: int) -> _Order:
 
 
 def _share(count: int, width: int) -> np.ndarray:
-    """Which of so many tokens, (count,), this rank reads: every world()-th window: shares are alike throughout."""
+    """Which of so many tokens, (count,), this rank reads: every world()-th window, so that all advance alike."""
     return np.arange(count) // width % distributed.world() == distributed.rank()
 
 
