@@ -146,6 +146,8 @@ def test_head_geometry_is_that_of_the_logits(minilm):
         spread = (q[:50] @ k.mT).std(-1, correction=0)
         assert torch.allclose(geometry.load(x[:50].double(), head.A, cov, head.shift), spread, rtol=1e-6)
         found = heads.head_geometry(head, x[:50], cov)
+        assert found["load_median"] == pytest.approx(spread.median().item())
+        assert found["load_95"] == pytest.approx(spread.quantile(0.95).item())
         assert found["reach"] == pytest.approx(geometry.reach(cov))
         assert found["horizon"] == pytest.approx(geometry.horizon(head.A, cov))
         assert found["coupling"] == pytest.approx(geometry.coupling(head.A, cov))
