@@ -77,8 +77,10 @@ def _refusal(kind: str, config) -> str | None:
         return "it normalises queries and keys, so that its logits are not bilinear in the tokens"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "it caps its logits, which are then not bilinear in the tokens"
-    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+    if getattr(config, "add_cross_attention", False):
         return "its cross-attention reads keys from another sequence"
+    if hasattr(config, "relative_attention_num_buckets"):
+        return "its relative positions add terms to the logits"
     if (positions := getattr(config, "position_embedding_type", None) or "absolute") != "absolute":
         return f"its {positions} positions add terms to the logits"
     quantised = getattr(config, "quantization_config", None)
@@ -241,7 +243,7 @@ def rotary(model) -> tuple[Tensor | None, float]:
 
 # Position tables that begin behind the padding token, and are longer by as much.
 BEHIND_PADDING = (
-    *("roberta", "camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet"),
+    *("roberta", "camembert", "data2vec-text", "esm", "lilt", "longformer", "luke", "markuplm", "mpnet"),
     *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
 )
 

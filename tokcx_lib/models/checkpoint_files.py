@@ -124,13 +124,13 @@ def checksum(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def require_weights(model, part, info: dict, files: list[Path] | None, name) -> None:
+def require_weights(model, part, info: dict, plain: list[Path], name) -> None:
     """Refuse a model of whose text part the weights are not all those of its checkpoint, finite numbers, and all used.
 
     `info` is what transformers tells of loading it: weights that the checkpoint lacks, has in another shape, or has no
-    place for. The last are refused where they stand in a numbered layer; elsewhere they belong to a task head. Weights
-    in integers or in eight bits are refused too, unless the configuration tells how they are quantised: they mean
-    something only with their scales.
+    place for. The last are refused where they stand in a numbered layer; elsewhere they belong to a task head. In the
+    `plain` files, which are those of a model that is not quantised, weights in integers or in eight bits are refused
+    too: they mean something only with scales.
     """
     path = next(f"{path}." if path else "" for path, module in model.named_modules() if module is part)
     inside = {id(tensor) for tensor in part.state_dict(keep_vars=True).values()}
@@ -146,10 +146,9 @@ def require_weights(model, part, info: dict, files: list[Path] | None, name) -> 
     if left := _left_over(part, path, info["unexpected_keys"], prefix):
         raise refusal("weights that config.json has a place for", name, f"left over: {_listed(left)}")
     parameters = {key: weight for key, weight in model.named_parameters() if key not in outside}
-    if getattr(model.config, "quantization_config", None) is None:
-        for key, dtype in _stored_types(path for path in files or [] if path.suffix != GGUF):
-            if key.removeprefix(prefix) in parameters and dtype not in PRECISIONS:
-                raise refusal(f"weights in {', '.join(PRECISIONS)}", name, f"{key} is in {dtype}")
+    for key, dtype in _stored_types(plain):
+        if key.removeprefix(prefix) in parameters and dtype not in PRECISIONS:
+            raise refusal(f"weights in {', '.join(PRECISIONS)}", name, f"{key} is in {dtype}")
     for key, weight in parameters.items():
         if weight.dtype in FLOATS and not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
             raise refusal("finite weights", name, f"NaN or infinity in {key}")

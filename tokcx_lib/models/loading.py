@@ -31,7 +31,7 @@ from tokcx_lib.models.checkpoint_files import (
     require_weights,
     weight_files,
 )
-from tokcx_lib.models.text_parts import require_text, text_part
+from tokcx_lib.models.text_parts import require_text, text_part, without_cache
 from tokcx_lib.validation import FLOATS, as_choice, as_dtype, require_finite, shown
 
 EMBEDDED = "minilm"  # all-MiniLM-L6-v2, a BERT of 6 layers x 12 heads
@@ -147,7 +147,7 @@ def load_model(name_or_path: str = EMBEDDED, device=None, dtype=None) -> TextMod
     if getattr(config, "transformers_weights", None) is not None:
         raise refusal("a configuration without weights", named, "it names some, as transformers_weights")
     files = [place] if packed else weight_files(place) if place else None
-    quantised = getattr(config, "quantization_config", None) is not None
+    quantised = not packed and _is_quantised(config, named)
     with reading(f"{'' if packed else 'safetensors '}weights that fit {config_of}", named):
         # Weights that are missing or of other shapes are let pass, to be named below.
         told = {
@@ -161,7 +161,7 @@ def load_model(name_or_path: str = EMBEDDED, device=None, dtype=None) -> TextMod
             told["attn_implementation"] = "eager"
         whole, info = AutoModel.from_pretrained(source, dtype=precision, **told, **options)
     model = text_part(whole)
-    require_weights(whole, model, info, files, named)
+    require_weights(whole, model, info, [] if packed or quantised else files or [], named)
     with reading(f"a tokenizer{' in it' if packed else '.json'} that tokenizers can read", named):
         tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, **options)
     loaded = TextModel(str(name_or_path), model, _unbounded(tokenizer, named), checksum(files) if files else None)
@@ -170,6 +170,22 @@ def load_model(name_or_path: str = EMBEDDED, device=None, dtype=None) -> TextMod
             model.to(target)
     _require_running(loaded, named)
     return loaded
+
+
+def _is_quantised(config, name) -> bool:
+    """Whether weights are stored in fewer bits, in a way that transformers knows; it reads others as if they were not.
+
+    Those of a GGUF file are plain once they are read.
+    """
+    from transformers.quantizers import AutoHfQuantizer
+
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return False
+    with reading("a quantization_config that transformers knows", name):
+        if not AutoHfQuantizer.supports_quant_method(settings if isinstance(settings, dict) else settings.to_dict()):
+            raise ValueError(f"quant_method: expected one that is supported, got {settings['quant_method']!r}")
+    return True
 
 
 def text_model(model: nn.Module, tokenizer) -> TextModel:
@@ -274,7 +290,7 @@ def _require_running(loaded: TextModel, name) -> None:
             # Rotary positions of no finite angle, which attention kernels turn into numbers all the same.
             if key.endswith("inv_freq"):
                 require_finite(key, buffer)
-        states = model(torch.tensor([[*before, 0, *after]], device=model.device))[0]
+        states = model(torch.tensor([[*before, 0, *after]], device=model.device), **without_cache(model))[0]
         if states.dtype == torch.float16 and not states.isfinite().all():
             raise ValueError("output: expected numbers that float16 holds, got larger ones; bfloat16 or float32 may do")
         require_finite("output", states)

@@ -6,6 +6,8 @@ text and pictures, or of sound, it is the language model or the text tower insid
 
 from __future__ import annotations
 
+import inspect
+
 from torch import nn
 
 IDS = "input_ids"  # the input of a model of text
@@ -52,8 +54,11 @@ def text_part(model) -> nn.Module:
         part = found
         found = part.base_model
         found = next((getattr(found, name) for name in NAMES if hasattr(found, name)), found)
-        if found.config.is_encoder_decoder:
+        # The configuration of an encoder saved alone says that it has no decoder; AutoModel builds one.
+        if found.config.is_encoder_decoder or hasattr(found, "encoder") and hasattr(found, "decoder"):
             found = found.get_encoder()
+        if hasattr(found, "lm_head") and hasattr(found, "model"):  # the language model of a Llama 4 is no base model
+            found = found.model
         if not isinstance(found, PreTrainedModel):
             raise _refusal(model.config, f"its {type(found).__name__} is no model of its own")
     if found.main_input_name != IDS:
@@ -61,6 +66,11 @@ def text_part(model) -> nn.Module:
     if not hasattr(_embeddings(found), "num_embeddings"):
         raise _refusal(model.config, "it has no table of tokens")
     return found
+
+
+def without_cache(model) -> dict[str, bool]:
+    """Options of a forward pass that keep no keys and values for a continuation that never comes."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def _embeddings(model) -> nn.Module | None:

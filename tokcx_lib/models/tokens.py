@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from tokcx_lib.models import architectures
 from tokcx_lib.models.loading import TextModel, evaluating, require_text_model
+from tokcx_lib.models.text_parts import without_cache
 from tokcx_lib.models.tokenization import read_ids
 from tokcx_lib.theory.limits import Moments
 from tokcx_lib.validation import as_count
@@ -168,8 +169,7 @@ def _windows(ids: Tensor, width: int, batch: int) -> list[Tensor]:
 def _run_layers(model, modules, windows, layers, ends, special) -> Iterator[list[Tensor]]:
     """What enters the layers, window by window; `ends` are the special tokens before and after each."""
     before, after = (torch.tensor(end, dtype=torch.int64)[None] for end in ends)
-    # A decoder would keep the keys and values of every layer for a continuation that never comes.
-    options = {"use_cache": False} if architectures.is_causal(model.config) else {}
+    options = without_cache(model)
     read: dict[int, Tensor] = {}
 
     def reader(layer: int):
