@@ -1,6 +1,5 @@
 """The probe as a stream, its checkpoints, its report and its command."""
 
-import contextlib
 import dataclasses
 import os
 import random
@@ -188,25 +187,6 @@ def test_a_killed_probe_goes_on_with_the_same_numbers(minilm, ids, table, batche
     assert before[0] == batches and after[0] == 4 - batches  # two batches of either pass, none of them read twice
     resuming.discard_checkpoint(folder)
     assert not folder.exists()
-
-
-def test_progress_counts_each_query_and_each_token_once(minilm, ids, monkeypatch, tmp_path):
-    bars = []
-
-    class Bar(contextlib.nullcontext):
-        def __init__(self, desc, total, initial=0, **_):
-            super().__init__(self)
-            self.desc, self.total, self.count = desc, total, initial
-            bars.append(self)
-
-        def update(self, count=1):
-            self.count += count
-
-    monkeypatch.setattr(pooled, "_bar", Bar)
-    for _ in range(2):  # from the beginning, then from the checkpoint of all
-        pooled.pooled_probe(minilm, ids, [0], 5000, 300, checkpoint=tmp_path)
-    assert [(bar.desc, bar.total) for bar in bars] == 2 * [("queries", 300), ("tokens", 5000), ("heads", 12)]
-    assert all(bar.count == bar.total for bar in bars)
 
 
 def _always(checkpoint):
