@@ -1,0 +1,331 @@
+"""Orders of keys, what they lose and how many keys that takes: known answers, properties, and the law of drawn keys."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from tests.test_probe_context import synthetic
+from tokcx_lib import runtime
+from tokcx_lib.probe import predictions
+from tokcx_lib.probe.policies import POLICIES, jackknife, keys_needed, lengths_up_to
+from tokcx_lib.probe.queries import notes
+from tokcx_lib.theory import softmax_law
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with runtime.one_thread():
+        yield
+
+
+def normal(*shape, seed=0) -> torch.Tensor:
+    return torch.randn(shape, generator=runtime.stream(91, seed))
+
+
+def noted(q, k, v, rows, lengths, seed=0, **options):
+    """`notes` of the last rows of a made attention that sees everything."""
+    size = k.shape[1]
+    draws = torch.rand(rows, size, generator=runtime.stream(92, seed))
+    return notes(synthetic(q, k, v, **options), torch.arange(size - rows, size), draws, lengths)
+
+
+def budgets(found, lengths, error) -> dict[str, list[float]]:
+    return {policy: [keys_needed(lengths, each, error) for each in found[f"squares_{policy}"]] for policy in POLICIES}
+
+
+# ------------------------------------------------------------ numbers of keys
+
+
+def test_lengths_are_powers_of_two_and_all():
+    assert lengths_up_to(1) == [1] and lengths_up_to(2) == [1, 2] and lengths_up_to(5) == [1, 2, 4, 5]
+    assert lengths_up_to(1024) == [2**k for k in range(11)]
+    assert lengths_up_to(1023) == [2**k for k in range(10)] + [1023]
+
+
+CURVES = st.integers(2, 3000).flatmap(
+    lambda total: st.tuples(
+        st.just(lengths_up_to(total)),
+        st.lists(st.sampled_from([0.0, 1e-9]) | st.floats(1e-6, 10), min_size=20, max_size=20),
+    )
+)
+
+
+def squares_of(curve) -> tuple[list[int], np.ndarray]:
+    lengths, numbers = curve
+    return lengths, np.array([*numbers[: len(lengths) - 1], 0.0])
+
+
+@given(CURVES, st.floats(1e-3, 2), st.floats(1e-3, 2))
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_a_whole_number_of_keys_beyond_the_last_error_that_is_too_large(curve, error, other):
+    lengths, squares = squares_of(curve)
+    found = keys_needed(lengths, squares, error)
+    assert found == int(found) and lengths[0] <= found <= lengths[-1]
+    assert all(square <= error**2 for n, square in zip(lengths, squares) if n >= found)
+    too_large = [n for n, square in zip(lengths, squares) if square > error**2 * (1 + 1e-9)]
+    if too_large:  # and no later than at the next length, where it is small enough
+        assert too_large[-1] < found <= lengths[lengths.index(too_large[-1]) + 1]
+    elif not (squares > error**2).any():
+        assert found == 1
+    smaller, larger = sorted([error, other])
+    assert keys_needed(lengths, squares, smaller) >= keys_needed(lengths, squares, larger)
+
+
+@given(st.integers(40, 5000), st.floats(0.3, 3), st.floats(0.01, 50), st.floats(0, 1))
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_power_laws_are_answered_exactly(total, power, factor, share):
+    """The smallest n with c (1/n - 1/N)^p <= error^2; in the last gap for the first power only."""
+    lengths = lengths_up_to(total)
+    left = 1 / np.array(lengths) - 1 / total
+    last = total if power == 1 else lengths[-2]
+    for exponent, most in ((power, last), (1.0, total)):
+        answer = 2 + round(share * (most - 2))
+        error = math.sqrt(factor * (1 / (answer - 0.5) - 1 / total) ** exponent)
+        assert keys_needed(lengths, factor * left**exponent, error) == answer
+
+
+def test_from_there_on_it_stays():
+    lengths = [1, 2, 4, 8, 16]
+    assert 4 < keys_needed(lengths, np.array([0.5, 0.001, 0.5, 0.001, 0]), 0.1) <= 8
+    assert keys_needed(lengths, np.array([0.5, 0.001, 0.002, 0.001, 0]), 0.1) == 2
+    assert keys_needed(lengths, np.array([0.001, 0.5, 0.5, 0.5, 0]), 0.1) > 8
+    assert keys_needed(lengths, np.zeros(5), 0.1) == 1
+    assert keys_needed([1], np.zeros(1), 0.1) == 1
+
+
+def test_where_an_error_ends_it_takes_all_keys_before():
+    """A query that sees 1000 keys of equal weight: what is left of rounding beyond is no point of a power law."""
+    lengths = [256, 512, 1024, 2048, 3000]
+    exact = np.maximum(1 / np.array(lengths) - 1 / 1000, 0)
+    for rest in (0.0, 1e-15, 1e-12):
+        for error in (0.01, 0.02, 0.025):
+            needed = 1 / (error**2 + 1 / 1000)
+            found = keys_needed(lengths, np.maximum(exact, rest * (exact == 0)), error)
+            assert 0.99 * needed <= found <= 1.1 * needed
+
+
+# ------------------------------------------------------------ intervals over windows
+
+
+def test_the_jackknife_is_that_of_the_book_on_the_scale_of_logarithms():
+    windows = np.array([[1.0, 2.0], [3.0, 1.0], [0.5, 0.1], [2.0, 7.0]])
+    measure = lambda some: float(some[:, 0].mean() * some[:, 1].max())  # noqa: E731
+    found = jackknife(measure, windows)
+    logs = [math.log(measure(windows[[j for j in range(4) if j != i]])) for i in range(4)]
+    error = math.sqrt(3 / 4 * sum((each - sum(logs) / 4) ** 2 for each in logs))
+    reach = stats.t(3).ppf(0.975) * error
+    assert found.value == measure(windows) == pytest.approx(1.625 * 7)
+    assert found.low == pytest.approx(found.value * math.exp(-reach), rel=1e-12)
+    assert found.high == pytest.approx(found.value * math.exp(reach), rel=1e-12)
+
+
+def test_one_window_says_nothing_of_others():
+    found = jackknife(lambda some: float(some.mean()), np.array([[2.0]]))
+    assert found.value == 2 and math.isnan(found.low) and math.isnan(found.high)
+    wild = jackknife(lambda some: float(np.prod(some)), np.array([1e-300, 1e300]))
+    assert wild.low == 0 or wild.low > 0 and math.isfinite(wild.high) or wild.high == math.inf  # and no exception
+
+
+@pytest.mark.parametrize("count", [4, 12])
+def test_nineteen_of_twenty_intervals_hold_the_truth(count):
+    """The number of keys that lognormal errors take: c (1/n - 1/N), c lognormal over windows, 600 probes of them."""
+    rng = np.random.default_rng(8)
+    lengths, deviation = lengths_up_to(4096), 0.5
+    left = 1 / np.array(lengths) - 1 / 4096
+    measure = lambda some: keys_needed(lengths, some.mean(0), 0.1)  # noqa: E731
+    truth = measure(left[None] * math.exp(deviation**2 / 2) * 4)
+    held = 0
+    for _ in range(600):
+        windows = 4 * np.exp(deviation * rng.standard_normal((count, 1))) * left
+        found = jackknife(measure, windows)
+        held += found.low <= truth <= found.high
+    # Of 600, 95% is 570 +- 5.3; the mean of few skewed numbers costs some of it.
+    assert 0.90 <= held / 600 <= 0.98
+
+
+# ------------------------------------------------------------ known answers
+
+
+def test_one_heavy_key_is_all_that_is_needed():
+    """Key 70 of 256 has nearly all the weight: by weight it comes first; by position it is the 186th of the last."""
+    k, v = torch.zeros(1, 256, 2), normal(1, 256, 5)
+    k[0, 70, 0] = 40
+    q = torch.tensor([1.0, 0]).expand(1, 256, 2)
+    lengths = lengths_up_to(256)
+    found = noted(q, k, v, 1, lengths)
+    needed = budgets(found, lengths, 0.05)
+    assert needed["heaviest"] == [1] and found["effective"][0, 0] == pytest.approx(1)
+    assert 128 < needed["latest"][0] and 128 < needed["first_latest"][0]
+    exact = list(range(1, 257))
+    needed = budgets(noted(q, k, v, 1, exact), exact, 0.05)
+    assert needed["latest"] == [256 - 70] and needed["first_latest"] == [256 - 70 + 1]
+
+
+def test_keys_of_equal_weight_drawn_without_replacement_take_what_the_textbook_says():
+    """E|mean of n - mean|^2 = S^2 (1/n - 1/N), S^2 with divisor N - 1 (Cochran 1977): here 4 x 64 draws, 8 values."""
+    size, error = 512, 0.1
+    v = normal(4, size, 8)
+    lengths = lengths_up_to(size)
+    found = noted(torch.zeros(4, size, 2), normal(4, size, 2, seed=1), v, 64, lengths)
+    assert (found["load"] == 0).all() and np.allclose(found["effective"], size)
+    unit = v.double().var(1, correction=1).sum(-1) / v[:, 1:].double().var(1, correction=0).sum(-1)
+    expected = unit.numpy()[:, None] * (1 / np.array(lengths) - 1 / size)
+    ratio = found["squares_drawn"][:, :-1].mean(0) / expected[:, :-1].mean(0)
+    assert np.abs(ratio - 1).max() < 5 * math.sqrt(2 / (8 * 4 * 64))  # 5 standard errors, at most 16%
+    assert (found["squares_drawn"][:, -1] == 0).all()
+    needed = np.mean(budgets(found, lengths, error)["drawn"])
+    assert needed == pytest.approx(1 / (error**2 + 1 / size), rel=0.1)
+
+
+def test_a_sink_without_value_on_the_first_position():
+    """It takes 90% of the weight. What is read with it in place shrinks as it should; without it, it is ten times that.
+
+    Others weigh the same, so every output is a mean of values times what the sink leaves.
+    """
+    size = 200
+    k, v = torch.zeros(1, size, 1), normal(1, size, 3)
+    k[0, 0, 0], v[0, 0] = math.log(9 * (size - 1)), 0
+    lengths = [1, 2, 50, 100, size - 1, size]
+    found = noted(torch.ones(1, size, 1), k, v, 1, lengths)
+    assert found["share_first"].item() == pytest.approx(0.9) and found["share_own"].item() == pytest.approx(0.1 / 199)
+    assert found["share_near"].item() == pytest.approx(6.4 / 199)
+    assert found["load"].item() == 0 and found["load_with_first"].item() > 0.5
+    values = v[0, 1:].double().numpy()
+    spread = values.var(0).sum()
+    full = 0.1 * values.mean(0)
+
+    def squares(gap):
+        return gap @ gap / spread
+
+    for i, n in enumerate(lengths[:4]):
+        with_sink = values[size - n :].sum(0) / (9 * (size - 1) + n - 1) if n > 1 else 0 * full
+        assert found["squares_first_latest"][0, i] == pytest.approx(squares(with_sink - full), rel=1e-4)
+        assert found["squares_latest"][0, i] == pytest.approx(squares(values[-n:].mean(0) - full), rel=1e-4)
+    assert found["squares_latest"][0, 4] == pytest.approx(squares(values.mean(0) - full), rel=1e-4)
+    # Its own sink, a logit in the denominator, does the same and is always read: the first position is then like others.
+    apart = noted(torch.ones(1, size, 1), torch.zeros(1, size, 1), v, 1, lengths,
+                  sinks=torch.tensor([math.log(9 * size)]))  # fmt: skip
+    assert apart["share_first"].item() == pytest.approx(0.1 / size) and apart["effective"].item() == pytest.approx(size)
+    own = v[0].double().numpy()
+    for i, n in enumerate(lengths[:4]):
+        gap = own[size - n :].sum(0) / (9 * size + n) - 0.1 * own.mean(0)
+        assert apart["squares_latest"][0, i] == pytest.approx(squares(gap), rel=1e-4)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1000.1])
+def test_keys_of_one_value_are_needed_once(value):
+    v = torch.full((2, 101, 16), value) * (1 + torch.arange(16) / 7)
+    lengths = lengths_up_to(101)
+    found = noted(2 * normal(2, 101, 8), normal(2, 101, 8, seed=1), v, 4, lengths)
+    assert all(np.isfinite(array).all() for array in found.values())
+    assert all(needed == [1, 1] for needed in budgets(found, lengths, 1e-3).values())
+
+
+def test_ties_and_orders_of_what_is_not_seen():
+    """In the middle of a window both sides are near; keys that are hidden never count among the n."""
+    v = normal(1, 9, 4)
+    mask = torch.ones(1, 1, 9, 9, dtype=torch.bool)
+    mask[..., [0, 5]] = False
+    attention = synthetic(torch.zeros(1, 9, 2), torch.zeros(1, 9, 2), v, mask=mask)
+    draws = torch.linspace(0, 0.9, 9)[None].flip(1)
+    found = notes(attention, torch.tensor([6]), draws, [1, 2, 3, 7, 9])
+    values, seen = v[0].double().numpy(), [1, 2, 3, 4, 6, 7, 8]
+    spread, full = values[seen].var(0).sum(), values[seen].mean(0)
+    near = [[6], [6, 7], [4, 6, 7], [6, 7, 8]]
+    gaps = [((values[some].mean(0) - full) ** 2).sum() / spread for some in near]
+    assert found["keys"].item() == 7
+    assert found["squares_latest"][0, :2] == pytest.approx(gaps[:2], rel=1e-4)
+    assert min(abs(found["squares_latest"][0, 2] - gap) / gap for gap in gaps[2:]) < 1e-4
+    last = [[8], [7, 8], [6, 7, 8]]  # the draws run backwards
+    gaps = [((values[some].mean(0) - full) ** 2).sum() / spread for some in last]
+    assert found["squares_drawn"][0, :3] == pytest.approx(gaps, rel=1e-4)
+    assert (found["squares_drawn"][0, 3:] < 1e-12).all()
+
+
+# ------------------------------------------------------------ the law of drawn keys
+
+LOADS, ALONG, SIZES = np.array([1.0, 2.0, 3.0, 1.0]), np.array([0.0, 0.5, 0.2, 1.0]), [16, 64, 256]
+
+
+def endless(count=3000) -> tuple[np.ndarray, np.ndarray]:
+    """Mean squares |output over n keys - limit|^2 of four queries, and their standard errors, in units of the spread.
+
+    A value is sqrt(along) y + sqrt(1 - along) r in two coordinates, with y the standardised logit: the limit is
+    sqrt(along) load and 0.
+    """
+    rng = np.random.default_rng(17)
+    found = np.empty((len(SIZES), len(LOADS), count))
+    for i, n in enumerate(SIZES):
+        for j, (load, along) in enumerate(zip(LOADS, ALONG)):
+            y, r = rng.standard_normal((2, count, n))
+            w = np.exp(load * y)
+            w /= w.sum(1, keepdims=True)
+            found[i, j] = along * ((w * y).sum(1) - load) ** 2 + (1 - along) * (w * r).sum(1) ** 2
+    return found.mean(2), found.std(2) / math.sqrt(count)
+
+
+def disagreement(law) -> float:
+    """By how many standard errors a law is off, where it is off most: of each query, and of all four together."""
+    measured, error = endless()
+    each = [np.abs(law(SIZES, LOADS[j : j + 1], ALONG[j : j + 1]) ** 2 - measured[:, j]) / error[:, j] for j in range(4)]
+    together = np.abs(law(SIZES, LOADS, ALONG) ** 2 - measured.mean(1)) / (np.sqrt((error**2).sum(1)) / 4)
+    assert (error / measured).max() < 0.05
+    return max(np.max(each), together.max())
+
+
+def test_drawn_errors_are_those_of_drawn_keys():
+    """Fifteen comparisons at 5% or better: the largest of so many normal numbers is below 4."""
+    assert disagreement(predictions.drawn_errors) < 4
+
+
+def moments(n, loads):
+    n = np.reshape(n, (-1, 1))
+    return softmax_law.map_error(n, loads), softmax_law.softmax_moments(n, loads).participation
+
+
+WRONG = {
+    "along is dropped": lambda n, s, a: np.sqrt(moments(n, s)[1].mean(-1)),
+    "all is along": lambda n, s, a: np.sqrt(moments(n, s)[0].mean(-1)),
+    "half the keys": lambda n, s, a: predictions.drawn_errors(np.array(n) / 2, s, a),
+    "participation at n/2": lambda n, s, a: np.sqrt(
+        (a * moments(n, s)[0] + (1 - a) * moments(np.array(n) / 2, s)[1]).mean(-1)
+    ),
+    "along squared": lambda n, s, a: predictions.drawn_errors(n, s, a**2),
+    "the second moment": lambda n, s, a: np.sqrt(
+        (a * softmax_law.softmax_moments(np.reshape(n, (-1, 1)), s).second_moment + (1 - a) * moments(n, s)[1]).mean(-1)
+    ),
+    "mean of errors": lambda n, s, a: np.mean([predictions.drawn_errors(n, x[None], y[None]) for x, y in zip(s, a)], 0),
+    "the load of the mean": lambda n, s, a: predictions.drawn_errors(n, np.full(len(s), s.mean()), a),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_law_does_not_pass(name):
+    assert disagreement(WRONG[name]) > 4
+
+
+def past(load, along, size, lengths, seed):
+    """`notes` of five queries on each of 16 independent pasts of Gaussian keys; the values go with the logits."""
+    q = torch.zeros(16, size, 2)
+    q[..., 0] = load
+    k = normal(16, size, 2, seed=seed)
+    v = torch.stack([math.sqrt(along) * k[..., 0], math.sqrt(1 - along) * normal(16, size, seed=seed + 1)], -1)
+    return noted(q, k, v, 5, lengths, seed=seed)
+
+
+@pytest.mark.parametrize("load, along", [(1.0, 0.0), (1.0, 0.6), (2.0, 0.3)])
+def test_a_long_past_is_endless(load, along):
+    """20,000 keys, of which at most 256 are read: the finite past changes less than the noise, 16 pasts a time."""
+    lengths = [16, 64, 256, 20_000]
+    found = past(load, along, 20_000, lengths, seed=10 + int(10 * along))
+    assert found["load"].mean() == pytest.approx(load, rel=0.01)
+    assert found["along"].mean() == pytest.approx(along, abs=0.01)
+    squares = found["squares_drawn"][:, :3]
+    error = squares.std(0, ddof=1) / 4
+    law = predictions.drawn_errors(lengths[:3], found["load"], found["along"]) ** 2
+    assert (np.abs(squares.mean(0) - law) < 4 * error).all() and (error / law < 0.2).all()
