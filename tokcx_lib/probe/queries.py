@@ -20,7 +20,8 @@ from tokcx_lib.probe.policies import errors, heaviest_ranks, shared_ranks
 
 NEAR = 64  # positions that count as near a query, its own included
 LATE = 8  # late queries are those of the last 1/LATE of a window
-TINY = 1e-30  # in place of a spread of 0: values that are all the same make no error
+TINY = 1e-30  # in place of a variance of 0
+ROUNDING = 1e-6  # of the largest value: a spread below that is rounding, and values that are all the same make no error
 
 
 def late_queries(text: range, causal: bool, count: int) -> Tensor:
@@ -109,6 +110,7 @@ def _group_notes(logits, seen, values, sinks, distance, rank, lengths) -> dict[s
     deviations = _deviations(logits, rest)
     variance = deviations.square().sum(-1) / count
     centre = values.mean(0)
+    least = (ROUNDING * values.abs().max()).square().clamp(min=TINY)
     values = values - centre  # changes no error, and keeps the digits of the spread
     sums = rest.to(values.dtype) @ torch.cat([values, values.square().sum(-1, keepdim=True)], -1)
     spread = sums[..., -1] / count - (sums[..., :-1] / count[..., None]).square().sum(-1)
@@ -128,7 +130,7 @@ def _group_notes(logits, seen, values, sinks, distance, rank, lengths) -> dict[s
         given = (given[0], torch.cat([values, -centre[None]]))
     for policy, each in {**rank, "heaviest": heaviest_ranks(logits)}.items():
         order = each if sinks is None else torch.cat([each, torch.full_like(each[..., :1], -1)], -1)
-        squares = errors(*given, order, lengths) / spread.clamp(min=TINY)
+        squares = errors(*given, order, lengths) / spread.clamp(min=least)
         found[f"squares_{policy}"] = squares.mean(-1).mT
     return {name: _numpy(tensor) for name, tensor in found.items()}
 
