@@ -24,6 +24,7 @@ from torch import Tensor
 
 POLICIES = ("drawn", "latest", "first_latest", "heaviest")
 LEVEL = 0.95  # of intervals
+ROUNDING = 1e-10  # mean square errors below this are nothing but rounding
 
 
 def lengths_up_to(most: int) -> list[int]:
@@ -82,8 +83,9 @@ def keys_needed(lengths: Sequence[int], squares: np.ndarray, error: float) -> fl
     Parameters
     ----------
     lengths : increasing, the last of them all N keys; squares : (len(lengths),), mean square errors at these, 0 at the
-        last. Between two of them the mean square is taken for a power of 1/n - 1/N: the first power is exact for keys
-        of equal weight that are drawn without replacement, and fills the last gap.
+        last. Between two of them the mean square is taken for a power of 1/n - 1/N; up to the first where nothing but
+        rounding is left of it (of a sliding window, that is before the last), for a line in 1/n, which is exact for
+        keys of equal weight that are drawn without replacement.
 
     Returns
     -------
@@ -94,10 +96,11 @@ def keys_needed(lengths: Sequence[int], squares: np.ndarray, error: float) -> fl
         return float(lengths[0])
     left = 1 / np.asarray(lengths, dtype=float) - 1 / lengths[-1]
     few, many = above[-1], above[-1] + 1
-    power = 1.0
-    if many < len(lengths) - 1 and squares[many] > 0:
-        power = math.log(squares[few] / squares[many]) / math.log(left[few] / left[many])
-    wanted = left[few] * (error**2 / squares[few]) ** (1 / power)
+    part = error**2 / squares[few]
+    if squares[many] > ROUNDING:
+        wanted = left[few] * part ** (math.log(left[few] / left[many]) / math.log(squares[few] / squares[many]))
+    else:
+        wanted = left[many] + part * (left[few] - left[many])
     n = 1 / (max(wanted, left[many]) + 1 / lengths[-1])
     return float(math.ceil(n * (1 - 1e-12)))
 
