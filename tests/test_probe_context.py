@@ -23,6 +23,7 @@ from tokcx_lib.probe import queries
 from tokcx_lib.probe.context import discard_windows, probe_in_context
 from tokcx_lib.probe.policies import POLICIES
 from tokcx_lib.probe.predictions import drawn_errors
+from tokcx_lib.probe.question import question
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -181,7 +182,9 @@ GROUPED = dict(SIZES, num_attention_heads=4, num_key_value_heads=2, head_dim=8, 
 
 
 def tokenizer():
-    found = Tokenizer(models.WordLevel({"<unk>": 0, "<pad>": 1, "<s>": 2} | {f"w{i}": i for i in range(3, 60)}, "<unk>"))
+    found = Tokenizer(
+        models.WordLevel({"<unk>": 0, "<pad>": 1, "<s>": 2} | {f"w{i}": i for i in range(3, 60)}, "<unk>")
+    )
     found.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
     names = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<s>"}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=found, **names)
@@ -248,9 +251,10 @@ def plain_needed(lengths, squares, error):
         if n - 1 == lengths[place]:
             square = squares[place]
         else:
-            left, (few, many) = (lambda m: 1 / m - 1 / total), lengths[place : place + 2]
-            if many == total or squares[place + 1] == 0:
-                square = squares[place] * left(n - 1) / left(few)
+            few, many = lengths[place : place + 2]
+            left = lambda m: 1 / m - 1 / total  # noqa: E731
+            if squares[place + 1] < 1e-10:
+                square = squares[place] * (1 / (n - 1) - 1 / many) / (1 / few - 1 / many)
             else:
                 power = math.log(squares[place] / squares[place + 1]) / math.log(left(few) / left(many))
                 square = squares[place] * (left(n - 1) / left(few)) ** power
@@ -306,7 +310,9 @@ def test_every_number_of_the_table_is_that_of_the_plain_account():
             if name.startswith("keys_"):  # a whole number may be the next one
                 assert found[name] == pytest.approx(expected, rel=1e-3, abs=1.01), name
             else:
-                assert found[name] == (expected if name == "phase" else pytest.approx(expected, rel=1e-3, abs=1e-5)), name
+                assert found[name] == (expected if name == "phase" else pytest.approx(expected, rel=1e-3, abs=1e-5)), (
+                    name
+                )
         loads, along = (np.array([q[n] for window in late for q in window]) for n in ("load", "along"))
         assert found["law_64"] == pytest.approx(drawn_errors([64], loads, along)[0], rel=1e-3)
 
@@ -410,10 +416,15 @@ def test_a_probe_that_was_killed_goes_on_with_the_same_numbers(tmp_path):
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("layers", [[3], [0, 99], [-1], []])
-def test_a_layer_that_is_not_there_is_refused(layers):
-    with pytest.raises(ValueError, match="^layers: expected some of 0 to 2, got"):
-        probed(layers=layers)
+@pytest.mark.parametrize("layers", [[3], [0, 99]])
+def test_a_layer_that_is_not_there_is_refused(layers, tmp_path):
+    with pytest.raises(ValueError, match=f"^layers: expected layers with softmax attention, got {layers[-1]}$"):
+        probed(layers=layers, checkpoint=tmp_path)
+    assert not list(tmp_path.glob("window_*"))
+    for wrong in (layers, [-1], []):  # and before any work
+        with Passes(tiny()) as passes, pytest.raises(ValueError, match="^layers: expected"):
+            question(tiny(), IDS, context=CONTEXT, windows=WINDOWS, layers=wrong)
+        assert passes.count == 0
 
 
 RANKS = """

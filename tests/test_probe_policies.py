@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -82,6 +82,7 @@ def test_power_laws_are_answered_exactly(total, power, factor, share):
     """The smallest n with c (1/n - 1/N)^p <= error^2; in the last gap for the first power only."""
     lengths = lengths_up_to(total)
     left = 1 / np.array(lengths) - 1 / total
+    assume(factor * left[-2] ** power > 1e-9)  # smaller ones count as rounding
     last = total if power == 1 else lengths[-2]
     for exponent, most in ((power, last), (1.0, total)):
         answer = 2 + round(share * (most - 2))
@@ -106,7 +107,7 @@ def test_where_an_error_ends_it_takes_all_keys_before():
         for error in (0.01, 0.02, 0.025):
             needed = 1 / (error**2 + 1 / 1000)
             found = keys_needed(lengths, np.maximum(exact, rest * (exact == 0)), error)
-            assert 0.99 * needed <= found <= 1.1 * needed
+            assert 0.97 * needed <= found <= 1.03 * needed
 
 
 # ------------------------------------------------------------ intervals over windows
@@ -272,7 +273,9 @@ def endless(count=3000) -> tuple[np.ndarray, np.ndarray]:
 def disagreement(law) -> float:
     """By how many standard errors a law is off, where it is off most: of each query, and of all four together."""
     measured, error = endless()
-    each = [np.abs(law(SIZES, LOADS[j : j + 1], ALONG[j : j + 1]) ** 2 - measured[:, j]) / error[:, j] for j in range(4)]
+    each = [
+        np.abs(law(SIZES, LOADS[j : j + 1], ALONG[j : j + 1]) ** 2 - measured[:, j]) / error[:, j] for j in range(4)
+    ]
     together = np.abs(law(SIZES, LOADS, ALONG) ** 2 - measured.mean(1)) / (np.sqrt((error**2).sum(1)) / 4)
     assert (error / measured).max() < 0.05
     return max(np.max(each), together.max())
@@ -310,22 +313,22 @@ def test_a_wrong_law_does_not_pass(name):
 
 
 def past(load, along, size, lengths, seed):
-    """`notes` of five queries on each of 16 independent pasts of Gaussian keys; the values go with the logits."""
-    q = torch.zeros(16, size, 2)
+    """`notes` of four queries on each of 40 independent pasts of Gaussian keys; the values go with the logits."""
+    q = torch.zeros(40, size, 2)
     q[..., 0] = load
-    k = normal(16, size, 2, seed=seed)
-    v = torch.stack([math.sqrt(along) * k[..., 0], math.sqrt(1 - along) * normal(16, size, seed=seed + 1)], -1)
-    return noted(q, k, v, 5, lengths, seed=seed)
+    k, rest = normal(40, size, 2, seed=seed), normal(40, size, 5, seed=seed + 1)
+    v = torch.cat([math.sqrt(along) * k[..., :1], math.sqrt((1 - along) / 5) * rest], -1)
+    return noted(q, k, v, 4, lengths, seed=seed)
 
 
-@pytest.mark.parametrize("load, along", [(1.0, 0.0), (1.0, 0.6), (2.0, 0.3)])
+@pytest.mark.parametrize("load, along", [(1.0, 0.0), (2.0, 0.3)])
 def test_a_long_past_is_endless(load, along):
-    """20,000 keys, of which at most 256 are read: the finite past changes less than the noise, 16 pasts a time."""
+    """20,000 keys, of which 256 at most are read. Errors of 40 pasts: 4 standard errors of their mean, 10% or less."""
     lengths = [16, 64, 256, 20_000]
-    found = past(load, along, 20_000, lengths, seed=10 + int(10 * along))
+    found = past(load, along, 20_000, lengths, seed=int(20 * load))
     assert found["load"].mean() == pytest.approx(load, rel=0.01)
     assert found["along"].mean() == pytest.approx(along, abs=0.01)
     squares = found["squares_drawn"][:, :3]
-    error = squares.std(0, ddof=1) / 4
+    error = squares.std(0, ddof=1) / math.sqrt(40)
     law = predictions.drawn_errors(lengths[:3], found["load"], found["along"]) ** 2
-    assert (np.abs(squares.mean(0) - law) < 4 * error).all() and (error / law < 0.2).all()
+    assert (np.abs(squares.mean(0) - law) < 4 * error).all() and (error / law < 0.1).all()
