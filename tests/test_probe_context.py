@@ -280,8 +280,11 @@ def plain_row(every: list[dict], early: dict[int, list[dict]], lengths: list[int
         windows = np.array([[query[f"squares_{policy}"] for query in window] for window in every]).mean(1)
         mean = windows.mean(0)
         row |= {f"error_{policy}_{n}": math.sqrt(mean[lengths.index(n)]) for n in (64, 256)}
-        value = plain_needed(lengths, mean, error)
-        logs = [math.log(plain_needed(lengths, np.delete(windows, i, 0).mean(0), error)) for i in range(len(windows))]
+        fewer = [n for n in lengths if n < keys]
+        windows = np.concatenate([windows[:, : len(fewer)], np.zeros((len(windows), 1))], 1)  # all are read at the end
+        value = plain_needed([*fewer, int(keys)], windows.mean(0), error)
+        others = [np.delete(windows, i, 0).mean(0) for i in range(len(windows))]
+        logs = [math.log(plain_needed([*fewer, int(keys)], other, error)) for other in others]
         reach = stats.t.ppf(0.975, len(logs) - 1) * math.sqrt((len(logs) - 1) * np.var(logs))
         ends = {"": value, "_low": value * math.exp(-reach), "_high": value * math.exp(reach)}
         row |= {f"keys_{policy}{end}": min(max(number, 1), keys) for end, number in ends.items()}

@@ -64,6 +64,7 @@ def squares_of(curve) -> tuple[list[int], np.ndarray]:
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_a_whole_number_of_keys_beyond_the_last_error_that_is_too_large(curve, error, other):
     lengths, squares = squares_of(curve)
+    assume((np.abs(squares - error**2) > 1e-9 * error**2).all())  # else rounding decides
     found = keys_needed(lengths, squares, error)
     assert found == int(found) and lengths[0] <= found <= lengths[-1]
     assert all(square <= error**2 for n, square in zip(lengths, squares) if n >= found)
@@ -208,7 +209,7 @@ def test_a_sink_without_value_on_the_first_position():
         assert found["squares_first_latest"][0, i] == pytest.approx(squares(with_sink - full), rel=1e-4)
         assert found["squares_latest"][0, i] == pytest.approx(squares(values[-n:].mean(0) - full), rel=1e-4)
     assert found["squares_latest"][0, 4] == pytest.approx(squares(values.mean(0) - full), rel=1e-4)
-    # Its own sink, a logit in the denominator, does the same and is always read: the first position is then like others.
+    # Its own sink, a logit in the denominator, does the same and is always read: the first position is like others.
     apart = noted(torch.ones(1, size, 1), torch.zeros(1, size, 1), v, 1, lengths,
                   sinks=torch.tensor([math.log(9 * size)]))  # fmt: skip
     assert apart["share_first"].item() == pytest.approx(0.1 / size) and apart["effective"].item() == pytest.approx(size)

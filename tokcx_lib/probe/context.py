@@ -213,8 +213,10 @@ def _row(layer: int, head: int, noted: dict[str, np.ndarray], lengths: list[int]
     comparable = [n for n in shown if n <= keys / 4]  # beyond that, the end of the past makes errors fall faster
     law = drawn_errors(comparable, noted["load"], noted["along"]) if comparable else ()
     row |= dict.fromkeys((f"law_{n}" for n in shown), math.nan) | {f"law_{n}": e for n, e in zip(comparable, law)}
+    fewer = [n for n in lengths if n < keys]  # a sliding window, or a late position, ends the past before the context
     for policy in POLICIES:
-        needed = jackknife(lambda windows: keys_needed(lengths, windows.mean(0), error), noted[f"squares_{policy}"])
+        squares = np.pad(noted[f"squares_{policy}"][:, : len(fewer)], ((0, 0), (0, 1)))
+        needed = jackknife(lambda windows: keys_needed([*fewer, keys], windows.mean(0), error), squares)
         for suffix, number in zip(("", "_low", "_high"), needed):
             row[f"keys_{policy}{suffix}"] = np.clip(number, 1.0, keys)
     return row
