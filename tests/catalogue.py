@@ -226,6 +226,7 @@ MODULES: dict[str, dict] = {
     "extremes": {"n": 1000, "replicates": 5, "generator": 0, "dim": DIM, "count": 4, "frames": 3,
                  "tokens": normal(20, 2)},
     "budgets": {"load": 0.8, "error": 0.5, "n": 20, "tokens": 20},
+    "drawn_keys": {"n": [1, 5, 20.5, 30], "total": 30.0, "load": 2.0},
     "forms": {"decay": 1.0, "dim": DIM, "seed": 0},
     "hardmax": {"n": 20, "sigma": 1.5, "m": normal(3), "dim": 2},
     "scalar": FOUR | {"tokens": normal(20, 1), "slopes": [0.3, 0.6], "V": None, "lengths": [5, 20]},

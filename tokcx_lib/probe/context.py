@@ -65,8 +65,9 @@ def probe_in_context(
         layer, head, group (whose keys it reads); window, if any layer has a sliding one; then of the late queries keys
         (the median number that they see), load, load_05, load_95, load_with_first, reduced, phase, effective and
         share_first, share_near, share_own; load_N and effective_N of queries with N = 64, 256, 1024, … keys, if they
-        look back alone; error_POLICY_N and, where N is at most a quarter of the keys, law_N, the error of keys drawn at
-        random that the exact law has at the same loads; keys_POLICY, with keys_POLICY_low and keys_POLICY_high.
+        look back alone; error_POLICY_N and, where N is less than the keys, law_N, the error of keys drawn at random if
+        they and their values were Gaussian, as many and with the same loads; keys_POLICY, with keys_POLICY_low and
+        keys_POLICY_high.
         `attrs` has seconds_model and seconds_statistics, which do not add up over ranks.
 
     Raises
@@ -210,8 +211,8 @@ def _row(layer: int, head: int, noted: dict[str, np.ndarray], lengths: list[int]
     for policy in POLICIES:
         squares = noted[f"squares_{policy}"].mean(0)
         row |= {f"error_{policy}_{n}": math.sqrt(squares[lengths.index(n)]) for n in shown}
-    comparable = [n for n in shown if n <= keys / 4]  # beyond that, the end of the past makes errors fall faster
-    law = drawn_errors(comparable, noted["load"], noted["along"]) if comparable else ()
+    comparable = [n for n in shown if n < keys]
+    law = drawn_errors(comparable, keys, noted["load"], noted["along"]) if comparable else ()
     row |= dict.fromkeys((f"law_{n}" for n in shown), math.nan) | {f"law_{n}": e for n, e in zip(comparable, law)}
     fewer = [n for n in lengths if n < keys]  # a sliding window, or a late position, ends the past before the context
     for policy in POLICIES:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
+from scipy.interpolate import CubicSpline
 
-from tokcx_lib.theory import budgets, rates, softmax_law
+from tokcx_lib.theory import budgets, drawn_keys, rates
+
+LOAD_STEP = 1 / 8  # of loads at which the law of drawn keys is computed
 
 
 def predictions(coupling: float, load: float, tokens: int) -> dict[str, float | str]:
@@ -33,19 +37,30 @@ def predictions(coupling: float, load: float, tokens: int) -> dict[str, float | 
     }
 
 
-def drawn_errors(n: np.ndarray, loads: np.ndarray, along: np.ndarray) -> np.ndarray:
-    """Errors of an output over n keys drawn from an endless Gaussian past, root mean square over queries: as n.
+def drawn_errors(n, total: float, loads: np.ndarray, along: np.ndarray) -> np.ndarray:
+    """Errors of an output over n of N Gaussian keys, drawn at random, root mean square over queries: as n.
 
-    In units of the spread of the values: a share `along` of their variance goes with the logits, and errs as Gamma_n
-    does around its limit, the load; the rest is averaged with weights w, and errs by sum w^2.
+    In units of the spread of the values: a share `along` of their variance goes with the logits, and the rest is
+    independent of them (`drawn_keys.drawn_error`).
 
     Parameters
     ----------
-    n : numbers of keys (k,); loads, along : of one shape, a query each; loads beyond 300 count as 300.
+    n : numbers of keys (k,), from 1 to total; total : N; loads, along : of one shape, a query each; loads beyond 40
+        count as 40.
 
     Source: chapter 9.
     """
-    loads, n = np.minimum(loads.ravel(), softmax_law.MOST_TILT), np.reshape(n, (-1, 1))
-    share = softmax_law.softmax_moments(n, loads).participation
-    squares = along.ravel() * softmax_law.map_error(n, loads) + (1 - along.ravel()) * share
-    return np.sqrt(squares.mean(-1))
+    loads, along = np.minimum(loads.ravel(), drawn_keys.MOST_LOAD), along.ravel()
+    # From a grid of loads, which heads share: cubic splines of step 1/8 are good to 1e-4.
+    first = min(max(math.floor(loads.min() / LOAD_STEP) - 1, 0), round(drawn_keys.MOST_LOAD / LOAD_STEP) - 4)
+    last = max(first + 4, min(math.ceil(loads.max() / LOAD_STEP) + 1, round(drawn_keys.MOST_LOAD / LOAD_STEP)))
+    grid = LOAD_STEP * np.arange(first, last + 1)
+    laws = np.stack([_law(tuple(n), float(total), load) for load in grid])
+    parts = CubicSpline(grid, laws)(loads)
+    return np.sqrt((along[:, None] * parts[:, 0] + (1 - along)[:, None] * parts[:, 1]).mean(0))
+
+
+@lru_cache(maxsize=4096)
+def _law(n: tuple[float, ...], total: float, load: float) -> np.ndarray:
+    """(2, len(n)): errors along the logits, and of the rest."""
+    return np.stack(drawn_keys.drawn_error(n, total, load))
