@@ -156,6 +156,31 @@ def synthetic(q, k, v, causal=False, **options) -> Attention:
     return Attention(0, "made", q[None], k[None], v[None], **(plain | {"causal": causal} | options))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_and_positions_of_each_head_and_half_precision(dtype):
+    """Four heads in two groups; each sees other keys, has other distances, and its own sink."""
+    stream = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(count, 30, 8, generator=stream).to(dtype) for count in (4, 2, 2))
+    seen = torch.rand(1, 4, 30, 30, generator=stream) < 0.6
+    seen[:, 2:, :, 0] = False
+    seen |= torch.eye(30, dtype=torch.bool)
+    position = torch.randn(1, 4, 30, 30, generator=stream)
+    lowest = torch.zeros(1, 4, 30, 30).masked_fill(~seen, torch.finfo(torch.float32).min)
+    rows, lengths, sinks = [4, 17, 29], [1, 2, 4, 8, 30], torch.randn(4, generator=stream)
+    draws = torch.rand(3, 30, generator=stream)
+    for mask in (seen, lowest):
+        attention = synthetic(q, k, v, mask=mask, position=position, sinks=sinks)
+        found = queries.notes(attention, torch.tensor(rows), draws, lengths)
+        for head in range(4):
+            plain = [plain_query(attention, head, row, draws[i].numpy(), lengths) for i, row in enumerate(rows)]
+            for name in NOTED:
+                expected = [each[name] for each in plain]
+                np.testing.assert_allclose(found[name][head], expected, rtol=2e-4, atol=2e-6, err_msg=name)
+            for policy in POLICIES:
+                expected = np.mean([each[f"squares_{policy}"] for each in plain], 0)
+                np.testing.assert_allclose(found[f"squares_{policy}"][head], expected, rtol=1e-3, atol=2e-6)
+
+
 def test_late_queries_are_spread_over_the_last_eighth_and_those_with_n_keys_have_them():
     for start, width, count in [(0, 64, 8), (1, 63, 100), (0, 1000, 7), (1, 999, 125), (3, 5, 2), (2, 1, 9)]:
         text = range(start, start + width)
