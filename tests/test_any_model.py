@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from transformers import AutoConfig, AutoModel
@@ -21,6 +22,7 @@ from tokcx_lib.models.capture import capture
 from tokcx_lib.models.tokens import layer_streams, window_ends
 from tokcx_lib.validation import MOST
 
+OLD = Version(transformers.__version__) < Version("5.23")
 WEIGHTS = "model.safetensors"
 IDS = torch.arange(5, 17)[None]
 KINDS = """
@@ -122,6 +124,8 @@ def test_a_model_of_any_kind_loads_and_its_attention_is_captured(kind, tmp_path)
 
 @pytest.mark.parametrize("kind", WHOLES)
 def test_of_a_model_with_others_the_one_of_text_is_taken(kind, tmp_path):
+    if kind == "clip" and OLD:
+        pytest.skip("in this version of transformers the text tower of CLIP does not tell its table of tokens")
     made, name = whole(kind), WHOLES[kind][1]
     rewritten(
         saved(made, tmp_path), lambda t: [t.pop(key) for key in list(t) if re.search("vision|visual|decoder", key)]
@@ -148,7 +152,7 @@ def test_an_encoder_alone_is_the_encoder_of_the_whole(tmp_path):
 
 
 NO_TEXT = {"vit": "pixel_values", "dinov2": "pixel_values", "clip_vision_model": "pixel_values", "swin": "pixel_values"}
-NO_TEXT |= {"whisper": "input_features", "wav2vec2": "input_values", "informer": "past_values", "rag": "AutoModel"}
+NO_TEXT |= {"whisper": "input_features", "wav2vec2": "input_values", "informer": "past_values", "trocr": "AutoModel"}
 
 
 @pytest.mark.parametrize("kind", NO_TEXT)
@@ -196,6 +200,13 @@ def test_numbers_that_float16_does_not_hold_are_named(tmp_path):
     assert loading.load_model(large, dtype="bfloat16").dtype == torch.bfloat16
     with refused("NaN or infinity in norm.weight"):
         loading.load_model(large, dtype="float16")
+    wide = small("qwen3")[0]
+    for weight in wide.layers[0].mlp.parameters():
+        weight.data.fill_(1e4)
+    saved(wide, tmp_path)
+    assert loading.load_model(tmp_path, dtype="bfloat16").sha256
+    with refused("float16 holds, got larger ones; bfloat16 or float32 may do"):
+        loading.load_model(tmp_path, dtype="float16")
 
 
 # ---- what no kind may have ----
@@ -284,6 +295,7 @@ def in_eight_bits(tensors):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="transformers asks for accelerate")
+@pytest.mark.skipif(OLD, reason="before, transformers read such weights on a GPU alone")
 def test_weights_in_eight_bits_are_read_with_their_scales(tmp_path):
     made = small("qwen3")[0]
     quantised = {"quant_method": "fp8", "weight_block_size": [8, 8], "activation_scheme": "dynamic"}
