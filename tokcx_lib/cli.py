@@ -252,16 +252,18 @@ def _predict_load(options: argparse.Namespace) -> None:
     load = options.load
     budget = budgets.token_budget(load)
     print(f"load {load:g}, Gaussian tokens, one query")
-    print(f"  not frozen beyond        n = e^(s²/2) = {_tokens(budget.unfrozen, load**2 / 2)}")
-    print(f"  errors like 1/√n beyond  n = e^(2s²)  = {_tokens(budget.clt, 2 * load**2)}")
+    print(f"  not frozen beyond                 n = e^(s²/2)  = {_tokens(budget.unfrozen, load**2 / 2)}")
+    print(f"  mean square error like 1/n beyond n = e^(3s²/2) = {_tokens(budget.mean_square, 1.5 * load**2)}")
+    print(f"  typical error like 1/√n beyond    n = e^(2s²)   = {_tokens(budget.clt, 2 * load**2)}")
     if options.error is not None:
         needed = budgets.sample_complexity(load, options.error)
-        print(f"  relative error {options.error:g} at   n = {needed:.4g}")
+        print(f"  relative error {options.error:g} (root mean square) at n = {needed:.4g}")
     if options.tokens is not None:
         error = float(budgets.relative_error(options.tokens, load))
         found = softmax_law.softmax_moments(options.tokens, load)
         print(
-            f"  at n = {options.tokens:g}: reduced load {_reduced(load, options.tokens)}, relative error {error:.3g},"
+            f"  at n = {options.tokens:g}: reduced load {_reduced(load, options.tokens)}, "
+            f"relative error {error:.3g} (root mean square),"
         )
         share = float(found.participation)
         print(f"    mean {float(found.mean):.4g} of {load:g}, 1 / participation {1 / share:.4g} tokens")

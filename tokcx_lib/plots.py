@@ -128,8 +128,10 @@ def phase_diagram(
 ) -> None:
     """The phases of a query in the plane of its load and the number of tokens, with contours of its relative error.
 
-    Tints and dashed lines: the token budgets n = e^{s^2/2} and n = e^{2 s^2} (`budgets.token_budget`), reduced load 1
-    and 1/2. Contours: `budgets.relative_error`, the exact law of Gaussian tokens. Both axes are logarithmic.
+    Tints and dashed lines: the phases of the typical error, at the token budgets n = e^{s^2/2} and n = e^{2 s^2}
+    (`budgets.token_budget`), reduced load 1 and 1/2. Dotted: n = e^{3 s^2/2}, reduced load 1/sqrt(3), beyond which the
+    *mean square* error falls like 1/n. Contours: `budgets.relative_error`, its root by the exact law of Gaussian
+    tokens. Both axes are logarithmic.
 
     Parameters
     ----------
@@ -143,6 +145,8 @@ def phase_diagram(
         ax.fill_between(s, low, high, where=high > low, color=tint, linewidth=0)
     for end in ends:
         ax.plot(s, end, "--", color=INK, linewidth=1.1)
+    square = np.minimum(np.exp(np.minimum(1.5 * s**2, 700)), 10 * tokens[1])
+    ax.plot(s, square, ":", color=INK, linewidth=1.4)
     levels = np.log(sorted(errors))
     logarithm = np.log(budgets.relative_error(n[:, None], np.minimum(s, MOST_TILT)))
     ax.set(xscale="log", yscale="log", xlim=loads, ylim=tokens, xlabel="load $s$", ylabel="tokens $n$")

@@ -172,7 +172,7 @@
   }
 
   const PHASES = [
-    { name: "averaging", label: "errors like 1/√n", words: "errors fall like 1/√n" },
+    { name: "averaging", label: "errors like 1/√n", words: "the typical error falls like 1/√n" },
     { name: "middle", label: "few tokens decide", words: "a few tokens decide" },
     { name: "frozen", label: "frozen", words: "the query is frozen" },
   ];
@@ -344,7 +344,8 @@
 
     const phaseLoads = geometric(LOADS, 160);
     const clampTokens = (n) => Math.min(TOKENS[1], Math.max(TOKENS[0], n));
-    const edges = [(s) => Math.exp((s * s) / 2), (s) => Math.exp(2 * s * s)];
+    const edges = [(s) => Math.exp((s * s) / 2), (s) => Math.exp(2 * s * s)]; // of the phases: typical error
+    const squareEdge = (s) => Math.exp(1.5 * s * s); // beyond it the mean square error falls like 1/n
     const contour = [];
 
     function drawMap() {
@@ -356,9 +357,9 @@
       region(PHASES[0], `${pathOf(upper[1])}L${right} ${top}H${left}Z`);
       region(PHASES[1], `${pathOf(upper[0])}${backwards(upper[1])}Z`);
       region(PHASES[2], `M${left} ${bottom}${pathOf(upper[0]).replace("M", "L")}L${right} ${bottom}Z`);
-      for (const edge of edges) {
+      for (const [name, edge] of [["square", squareEdge], ...edges.map((edge) => ["budget", edge])]) {
         const loads = phaseLoads.filter((s) => edge(s) <= 2 * TOKENS[1]);
-        map.path(map.ground, "budget", loads, loads.map(edge));
+        map.path(map.ground, name, loads, loads.map(edge));
       }
       if (contour.length) {
         map.path(map.ground, "contour", contour.map(([s]) => s), contour.map(([, n]) => n));
@@ -397,13 +398,14 @@
           errors: curveTokens.map((n) => relativeError(load, n)),
           needed: sampleComplexity(load, 0.1),
           budgets: edges.map((edge) => edge(load)),
+          square: squareEdge(load),
         };
       }
       return known;
     }
 
     function drawCurve(load, n, error) {
-      const { errors, needed, budgets } = ofLoad(load);
+      const { errors, needed, budgets, square } = ofLoad(load);
       const { top, bottom, right } = curve.box;
       curve.ground.replaceChildren();
       curve.moving.replaceChildren();
@@ -418,6 +420,9 @@
       });
       for (const cut of cuts.slice(1, 3)) {
         if (cut > cuts[0] && cut < right) make(curve.ground, "path", { class: "budget", d: `M${cut} ${top}V${bottom}` });
+      }
+      if (square > TOKENS[0] && square < TOKENS[1]) {
+        make(curve.ground, "path", { class: "square", d: `M${curve.x(square)} ${top}V${bottom}` });
       }
       curve.path(curve.moving, "guide", TOKENS, TOKENS.map((m) => firstOrder(load, m)));
       curve.path(curve.moving, "curve", curveTokens, errors);
@@ -446,7 +451,7 @@
         return value;
       });
       const [error, share, report] = [relativeError(load, n), participation(load, n), mean(load, n)];
-      const { needed, budgets } = ofLoad(load);
+      const { needed, budgets, square } = ofLoad(load);
       const sigma = reducedLoad(load, n);
       const phase = phaseOf(sigma);
       const exponent = Math.min(0.5, 1 / (1 + load * load));
@@ -463,6 +468,7 @@
       show("effective", number(1 / share));
       show("sigma", `${number(sigma, 2)}: ${phase.label}`);
       show("unfrozen", budget(budgets[0]));
+      show("mean-square", budget(square));
       show("clt", budget(budgets[1]));
       show("needed", budget(needed));
       show("exponent", String(Number(exponent.toPrecision(3))));
@@ -477,7 +483,7 @@
       // Said once the sliders rest, so that a screen reader is not flooded.
       clearTimeout(timer);
       timer = setTimeout(() => show("sentence",
-        `At ${tokens(n)} a query of load ${load} has a relative error of ${percent(error)}. Its reduced load is ` +
+        `At ${tokens(n)} a query of load ${load} has a relative error of ${percent(error)} (root mean square). Its reduced load is ` +
         `${number(sigma, 2)}: ${phase.words}. It rests on ${number(1 / share)} tokens in effect, and a relative error ` +
         `of 10% takes ${budget(needed)}.`), 200);
     }

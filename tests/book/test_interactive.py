@@ -131,6 +131,7 @@ def test_shown_numbers(states):
             "effective": 1 / law.participation,
             "sigma": load / math.sqrt(2 * math.log(n)),
             "unfrozen": budget.unfrozen,
+            "mean-square": budget.mean_square,
             "clt": budget.clt,
             "needed": budgets.sample_complexity(load, 0.1),
             "exponent": min(0.5, 1 / (1 + load**2)),
@@ -169,11 +170,12 @@ def test_curves_are_the_exact_law(states):
             at = tokens if name == "curve" else ends
             expected = [[place(curve["x"], n), place(curve["y"], float(y))] for n, y in zip(at, values)]
             assert np.abs(drawn - expected).max() < 1, (load, name)
-        # The last dashed line drawn is e^{2 s^2}.
-        for x, y in corners(phases["paths"]["budget"])[::20] + phases["origin"]:
-            (low, start), (high, end) = phases["x"][0], phases["x"][-1]
-            s = low * (high / low) ** ((x - start) / (end - start))
-            assert abs(place(phases["y"], math.exp(2 * s**2)) - y) < 1.5
+        # The last dashed line drawn is e^{2 s^2}, the dotted one e^{3 s^2/2}.
+        for line, factor in (("budget", 2), ("square", 1.5)):
+            for x, y in corners(phases["paths"][line])[::20] + phases["origin"]:
+                (low, start), (high, end) = phases["x"][0], phases["x"][-1]
+                s = low * (high / low) ** ((x - start) / (end - start))
+                assert abs(place(phases["y"], math.exp(factor * s**2)) - y) < 1.5
 
 
 def test_contour_of_ten_per_cent(session):

@@ -1,4 +1,4 @@
-"""Simulated errors of the moments of self-attention, beside the exact bias of `moment_bias` (chapter 9)."""
+"""Simulated errors of the moments of self-attention, and the exact bias of `moment_bias` beside them (chapter 9)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from tokcx_lib.sampling.forms import random_head
 from tokcx_lib.sampling.streaming import partial_attention
 from tokcx_lib.studies.runs import Experiment, Part, Plan
 from tokcx_lib.theory import geometry, moment_bias, rates
+
+QUERIES = 4000  # that the prediction of the query's own token averages over
+QUANTITIES = ("second", "cov", "shared")
 
 
 class MomentErrors(NamedTuple):
@@ -112,6 +115,81 @@ def second_moment_bias(config: dict, device) -> Plan:
     units = [(n, replicate) for n, run in runs.items() for replicate in range(run["replicates"])]
     replicates = ", ".join(f"{run['replicates']} x {run['lists']} (n = {n})" for n, run in runs.items())
     return Plan(units, work, {"replicates": replicates}, finish)
+
+
+def head_of(config: dict) -> tuple[Tensor, Tensor]:
+    """The random head of the record `second_moment_bias`: its form of horizon 1 and its values, of whitened tokens."""
+    A, V = random_head(config["dim"], config["head_seed"])
+    return A / torch.linalg.matrix_norm(A, 2), V * math.sqrt(config["variance"])
+
+
+def predicted(n: int, horizon: float, form: Tensor, V: Tensor) -> dict[str, Tensor]:
+    """Mean errors of the moments of self-attention that theory predicts at n tokens: (d, d) matrices by name.
+
+    `fresh`: bias of the second moment, for fresh queries; `second`: the same with the query's own token; `shared`: E m
+    m' of the mean, what single tokens explain of it at this n; `limit`: its first order; `cov` = `second` - `shared`.
+    The own token and the shared keys are averages over drawn queries and tokens, with fixed seeds.
+
+    Source: chapter 9.
+    """
+    B = horizon * form
+    x, z = torch.randn((2, QUERIES, len(form)), generator=runtime.stream(92), dtype=torch.float64)
+    fresh = moment_bias.second_moment_bias(n, B, V)
+    second = fresh + moment_bias.own_token_bias(n, B, V, x)
+    few = 300 if horizon < 0.3 else 1000
+    shared = moment_bias.shared_keys_projection(n, B, V, x[:few], z[:few])
+    limit = rates.influence_covariance(B, V) / n
+    return {"fresh": fresh, "second": second, "cov": second - shared, "shared": shared, "limit": limit}
+
+
+def against_measured(record) -> pd.DataFrame:
+    """What is predicted and measured at each n and horizon of the record `second_moment_bias`.
+
+    Columns n, horizon, quantity (`QUANTITIES`); exact and measured, norms of the mean error, and error, the standard
+    error of the measured one; first, projected, along and along_error: the component of E m m' along its first order,
+    in the limit, as projected on single tokens, and measured with its standard error; own_token, the norm of what the
+    query's own token adds to the second moment.
+    """
+    form, V = head_of(record.meta["config"])
+    rows = []
+    for (n, horizon), table in record.table.groupby(["n", "horizon"]):
+        known = predicted(int(n), horizon, form, V)
+        unit = known["limit"] / torch.linalg.matrix_norm(known["limit"])
+        first, projected = ((known[name] * unit).sum().item() for name in ("limit", "shared"))
+        along = {"first": first, "projected": projected}
+        along |= {"along": table["shared_along"].mean(), "along_error": table["shared_along"].sem()}
+        own = torch.linalg.matrix_norm(known["second"] - known["fresh"]).item()
+        for name in QUANTITIES:
+            measured, error = norm_of_mean(table[f"{name}_dot"])
+            exact = torch.linalg.matrix_norm(known[name]).item()
+            row = {"n": n, "horizon": horizon, "quantity": name, "exact": exact, "measured": measured, "error": error}
+            rows.append(row | along | {"own_token": own})
+    return pd.DataFrame(rows)
+
+
+def norm_of_mean(dots) -> tuple[float, float]:
+    """Norm of a mean matrix and its standard error, from unbiased estimates of its square (`sweeps.leave_one_out`)."""
+    norm = math.sqrt(dots.mean())
+    return norm, dots.sem() / (2 * norm)
+
+
+def over_the_sweep(record, count: int = 5) -> pd.DataFrame:
+    """The second moment of the record `gaussian_horizon` beside the exact law, at its `count` largest horizons.
+
+    Columns horizon, load (root mean square), n; exact, the norm of the mean error; square, an unbiased estimate of its
+    square, and error, the standard error of that; score, their distance in standard errors.
+    """
+    config = record.meta["config"]
+    form, V = head_of({"dim": config["dim"], "head_seed": config["seed"], "variance": config["variance"]})
+    rows = []
+    for head in record.meta["heads"][-count:]:
+        of_head = record.table[record.table["scale"] == head["scale"]]
+        for n, dots in of_head.groupby("n")["second_dot"]:
+            bias = moment_bias.second_moment_bias(n, head["horizon"] * form, V)
+            row = {"horizon": head["horizon"], "load": head["root_mean_square_load"], "n": n}
+            row |= {"exact": torch.linalg.matrix_norm(bias).item(), "square": dots.mean(), "error": dots.sem()}
+            rows.append(row | {"score": (dots.mean() - row["exact"] ** 2) / dots.sem()})
+    return pd.DataFrame(rows)
 
 
 EXPERIMENTS = {

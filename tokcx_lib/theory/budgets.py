@@ -1,7 +1,9 @@
 """Token budgets of a query: how many tokens it needs, by leading order and exactly.
 
-`softmax_law` says how large the error is at n tokens, exactly; this module asks at which n it is as small as wanted.
-The leading order needs no such law, and says which phase a query is in. Derivations: chapter 9.
+`softmax_law` says how large the mean square error is at n tokens, exactly; this module asks at which n it is as small
+as wanted. The leading order needs no such law, and says which phase a query is in. Two notions of error have different
+budgets: the *typical* error, that of most draws and of the mean of |Gamma_n - s|, and the root of the *mean square*,
+which rare draws carry. Derivations: chapter 9.
 """
 
 from __future__ import annotations
@@ -13,21 +15,35 @@ import numpy as np
 from scipy.optimize import brentq
 
 from tokcx_lib.theory.softmax_law import MOST_TILT, MOST_TOKENS, map_error
-from tokcx_lib.validation import as_array, as_broadcast, as_number, as_positive
+from tokcx_lib.validation import as_array, as_broadcast, as_choice, as_number, as_positive
 
 
 class TokenBudget(NamedTuple):
-    """Numbers of tokens: `unfrozen` = e^{s^2/2}, beyond which many tokens share the attention, `clt` = e^{2 s^2}."""
+    """Numbers of tokens, to leading exponential order, by what holds beyond them.
+
+    `unfrozen` = e^{s^2/2}: many tokens share the attention. `clt` = e^{2 s^2}: the central limit theorem holds, and
+    with it the *typical* error is e^{s^2/2}/sqrt(n). `mean_square` = e^{3 s^2/2}, between the two: the root of the
+    *mean square* error is that.
+    """
 
     unfrozen: float
     clt: float
+
+    @property
+    def mean_square(self) -> float:
+        """e^{3 s^2/2}, from which on the mean square error falls like 1/n; infinite where that overflows."""
+        return _exp(3 * math.log(self.unfrozen))
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 709 else math.inf
 
 
 def token_budget(load: float) -> TokenBudget:
     """Tokens that a query of load s needs to leave the frozen phase, and to reach errors like 1/sqrt(n).
 
-    Leading exponential order, for Gaussian logits: the reduced load s / sqrt(2 log n) falls below 1 at n = e^{s^2/2}
-    and below 1/2 at n = e^{2 s^2}. Infinite where that overflows.
+    Leading exponential order, for Gaussian logits: the reduced load s / sqrt(2 log n) falls below 1 at n = e^{s^2/2},
+    below 1/sqrt(3) at n = e^{3 s^2/2} and below 1/2 at n = e^{2 s^2}. Infinite where that overflows.
 
     Raises
     ------
@@ -37,14 +53,43 @@ def token_budget(load: float) -> TokenBudget:
     Source: chapter 9; the transition of the random energy model (Bovier, Kurkova, Loewe 2002).
     """
     square = min(as_number("load", load, least=0), 1e150) ** 2
-    return TokenBudget(*(math.exp(x) if x < 709 else math.inf for x in (square / 2, 2 * square)))
+    return TokenBudget(_exp(square / 2), _exp(2 * square))
+
+
+def query_exponent(reduced, kind: str = "mean_square") -> np.ndarray:
+    """Exponent of the error n^-exponent of a query of reduced load sigma, as n grows and its load like sqrt(log n).
+
+    Parameters
+    ----------
+    reduced : reduced loads sigma = s / sqrt(2 log n), >= 0, of any shape.
+    kind :
+        ``typical``: 1/2 - sigma^2 up to sigma = 1/2, then (1 - sigma)^2 up to 1, then 0;
+        ``mean_square``, the root of the mean square: 1/2 - sigma^2 up to sigma = 1/sqrt(3), then
+        (1 - sigma^2)^2 / (8 sigma^2) up to 1, then 0. Twice that is the exponent of the participation.
+
+    Returns
+    -------
+    Array of the shape of `reduced`
+
+    Raises
+    ------
+    ValueError
+        If a reduced load is negative or not finite, or the kind is not one of these.
+
+    Source: chapter 9; the typical one: chapter 10.
+    """
+    sigma = as_array("reduced", reduced, 0)
+    typical = as_choice("kind", kind, ("typical", "mean_square")) == "typical"
+    edge, inside = (0.5, np.minimum(sigma, 1)) if typical else (3**-0.5, np.clip(sigma, 0.5, 1))
+    rare = (1 - inside) ** 2 if typical else (1 - inside**2) ** 2 / (8 * inside**2)
+    return np.where(sigma <= edge, 0.5 - sigma**2, rare)
 
 
 def phase(load: float, tokens: float) -> str:
     """The phase of a query of some load over n tokens: "averaging", "extremal" or "frozen".
 
-    They meet where the reduced load s / sqrt(2 log n) is 1/2 and 1, which is at the budgets of `token_budget`. A single
-    token is frozen.
+    They meet where the reduced load s / sqrt(2 log n) is 1/2 and 1, which is at the budgets `clt` and `unfrozen` of
+    `token_budget`: these are the phases of the *typical* error. A single token is frozen.
 
     Raises
     ------
@@ -62,7 +107,7 @@ def relative_error(n, load) -> np.ndarray:
     """Root mean square error of attention at a query of load s, relative to s: sqrt(E(Gamma_n - s)^2) / s.
 
     One-dimensional Gaussian law: the component along which the query looks, in units of the tokens, against its limit
-    s.
+    s. A mean over draws, which rare ones may carry: between the budgets most draws err less.
 
     Parameters
     ----------
@@ -89,7 +134,8 @@ def relative_error(n, load) -> np.ndarray:
 def sample_complexity(load: float, error: float) -> float:
     """Tokens after which a query of load s has a relative error of at most `error`: E(Gamma_n - s)^2 <= error^2 s^2.
 
-    Inverts `relative_error`, which falls with n, for real n. Exact, where `token_budget` is of leading order.
+    Inverts `relative_error`, a root mean square, which falls with n, for real n. Exact, where `token_budget` is of
+    leading order.
 
     Parameters
     ----------
