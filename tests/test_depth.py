@@ -1,6 +1,7 @@
 """Stacks of layers and heads side by side: limits, errors and their sources, against definitions and simulation."""
 
 import math
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ from tokcx_lib.models import corpora, loading, subsampled, windows
 from tokcx_lib.models.heads import Head
 from tokcx_lib.models.tokens import tokenize
 from tokcx_lib.sampling import binned
-from tokcx_lib.studies.depth import experiments, joint, layerwise, stacks
+from tokcx_lib.studies.depth import experiments, influence, joint, layerwise, slopes, stacks
 from tokcx_lib.studies.depth.stacks import Layer
 from tokcx_lib.studies.registry import EXPERIMENTS
 
@@ -199,6 +200,129 @@ def test_scalar_stacks_from_counts_are_those_of_the_tokens():
         assert rms[i, 0].item() == pytest.approx(gap.square().mean().sqrt().item(), rel=1e-4)
         assert mean[i, 0].item() == pytest.approx(gap.mean().item(), abs=1e-5)
     assert stack.covs[-1].item() == pytest.approx(1)
+
+
+# ------------------------------------------------------------ what one token does
+
+
+def every_path(horizons):
+    layers = range(1, len(horizons) + 1)
+    return [influence.path(horizons, J) for size in layers for J in combinations(layers, size)]
+
+
+def test_the_influence_is_the_derivative_by_one_token():
+    """psi_l by Gauss-Hermite quadrature of its recursion, and psi_1 against one token among very many."""
+    horizons, value = [0.9, 1.3, 0.6], 0.7
+    nodes, weights = np.polynomial.hermite_e.hermegauss(48)
+    weights = weights / weights.sum()
+    y = np.array([-1.5, 0.4, 2.0])
+
+    def plain(layer, x):  # (queries,) -> (queries, tokens)
+        if layer == 0:
+            return np.zeros((len(x), len(y)))
+        h = horizons[layer - 1]
+        share, x = value / (1 + value * h), np.asarray(x)[:, None]
+        key = h * x + nodes
+        inner = plain(layer - 1, key.ravel()).reshape(*key.shape, len(y))
+        keys = np.einsum("k,xky->xy", weights, inner * (1 + (key - h * x) * h * x)[:, :, None])
+        return plain(layer - 1, x[:, 0]) + share * (keys + np.exp(h * x * y - (h * x) ** 2 / 2) * (y - h * x))
+
+    for layer, psi in enumerate(influence.influences(horizons, value), 1):
+        for x in (0.0, 0.8):
+            assert psi.at(x, y).numpy() == pytest.approx(plain(layer, [x])[0], rel=1e-8)
+        assert psi.over_queries().at(0.0, y).numpy() == pytest.approx(weights @ plain(layer, nodes), rel=1e-5)
+
+
+def test_the_pulls_are_those_of_the_sets_of_layers():
+    """Part (a) of the proposition: every alpha is that of a set of layers, and every set has one."""
+    horizons = [0.9, 0.5, 1.2, 0.7]
+    for layers, psi in enumerate(influence.influences(horizons), 1):
+        couplings = [path.coupling for path in every_path(horizons[:layers])]
+        expected = sorted({round(c / (1 + c), 9) for c in couplings})
+        assert psi.over_queries().alphas == pytest.approx(expected)
+        assert psi.alphas[0] == 0 and len(psi.alphas) == 2 ** (layers - 1)
+        assert max(psi.over_queries().alphas) == pytest.approx(
+            1 - 1 / (1 + stacks.effective_couplings(stacks.scalar_stack(horizons[:layers]))[-1])
+        )
+
+
+def test_no_two_pulls_cancel():
+    stream = np.random.default_rng(2)
+    for _ in range(50):
+        for psi in influence.influences(np.exp(stream.uniform(-1, 1, 4)).tolist()):
+            assert psi.over_queries().log_size(1000)[1] == 1 and psi.log_size(1000)[1] == 1
+
+
+def largest_position(paths):
+    return max(max(np.divide(p.positions, [1.0, *p.positions[:-1]])) for p in paths)
+
+
+def test_the_strongest_pull_is_met_where_tokens_are():
+    """Each place on the strongest path is closer to zero than the one before; on other paths it need not be."""
+    stream = np.random.default_rng(1)
+    chosen = [np.exp(stream.uniform(-3, 1.5, stream.integers(1, 9))).tolist() for _ in range(20_000)]
+    assert largest_position(influence.strongest_path(h) for h in chosen) < 1
+    for h in chosen[:200]:
+        best, paths = influence.strongest_path(h), every_path(h)
+        assert best.coupling == pytest.approx(max(path.coupling for path in paths))
+        assert best.coupling == pytest.approx(stacks.effective_couplings(stacks.scalar_stack(h))[-1])
+        of_layers = [h[j - 1] for j in best.layers]
+        ratios = np.divide(best.positions, [1.0, *best.positions[:-1]])
+        assert (ratios <= np.minimum(of_layers, np.divide(1, of_layers)) + 1e-12).all()
+    assert largest_position(influence.path(h, range(1, len(h) + 1)) for h in chosen) > 1  # the whole chain, planted
+
+
+@pytest.fixture(scope="module")
+def scalar():
+    return records.load("depth_scalar")
+
+
+def compared(record):
+    return slopes.exponents(slopes.with_first_order(record), record.meta["config"]["stacks"])
+
+
+def test_the_measured_slopes_are_those_of_first_order(scalar):
+    found = compared(scalar)
+    assert slopes.disagreements(found) == []
+    wrong = slopes.disagreements(found, "summed")
+    deep = found[(found["theory"] - found["summed"]).abs() > 1e-9]
+    assert len(wrong) == len(deep) == 8 and all("far out" in line for line in wrong)
+    mean = found[found["error"] == "mean"].set_index(["stack", "layer"])
+    assert (mean["near"] < mean["theory"] - 0.01).loc["alike"].iloc[1:].all()  # slow: psi is not yet its tail
+
+
+def test_wrong_influences_are_found_out(scalar, monkeypatch):
+    moved, scattered = influence._moved, influence._scattered
+
+    def colder(q, pull, h):
+        (alpha, beta, gamma), rest = scattered(q, pull, h)
+        return (0.9 * alpha, beta, gamma), rest
+
+    planted = {
+        "weights": ("_moved", lambda q, h: moved(q, h)[:1]),
+        "shares": ("_moved", lambda q, h: moved(q, h)[1:]),
+        "half": ("_moved", lambda q, h: [(k, {power: c / 2 for power, c in p.items()}) for k, p in moved(q, h)]),
+        "exponent": ("_scattered", colder),
+    }
+    for name, replacement in planted.values():
+        with monkeypatch.context() as patch:
+            patch.setattr(influence, name, replacement)
+            assert len(slopes.disagreements(compared(scalar))) > 5
+
+
+@pytest.mark.parametrize(
+    "call, name",
+    [
+        (lambda: influence.path([0.5, 0.5], [2, 1]), "layers"),
+        (lambda: influence.path([0.5, 0.5], [0]), "layers"),
+        (lambda: influence.influences([0.5] * 13), "horizons"),
+        (lambda: influence.first_order({"stacks": {}}), "config"),
+        (lambda: influence.influences([0.5])[0].exponent(3, 2), "high"),
+    ],
+)
+def test_bad_paths_are_refused(call, name):
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        call()
 
 
 # ------------------------------------------------------------ heads side by side
