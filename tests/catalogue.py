@@ -55,6 +55,7 @@ MODULES_ELSEWHERE = {
     "runs": "reads and writes files",
     "slopes": "takes what was measured",
     "suite": "measures, for minutes",
+    "tables": "takes what was measured",
     "text_parts": "takes models",
     "tokenization": "takes a tokenizer",
     "tokens": "takes models and texts",

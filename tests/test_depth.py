@@ -13,7 +13,7 @@ from tokcx_lib.models import corpora, loading, subsampled, windows
 from tokcx_lib.models.heads import Head
 from tokcx_lib.models.tokens import tokenize
 from tokcx_lib.sampling import binned
-from tokcx_lib.studies.depth import experiments, influence, joint, layerwise, slopes, stacks
+from tokcx_lib.studies.depth import experiments, influence, joint, layerwise, slopes, stacks, tables
 from tokcx_lib.studies.depth.stacks import Layer
 from tokcx_lib.studies.registry import EXPERIMENTS
 
@@ -278,7 +278,8 @@ def scalar():
 
 
 def compared(record):
-    return slopes.exponents(slopes.with_first_order(record), record.meta["config"]["stacks"])
+    config = record.meta["config"]
+    return slopes.exponents(slopes.with_first_order(record.table, config), config["stacks"])
 
 
 def test_the_measured_slopes_are_those_of_first_order(scalar):
@@ -418,6 +419,43 @@ def test_layer_errors_are_those_of_the_encoder(minilm):
 
 
 # ------------------------------------------------------------ experiments and records
+
+
+def test_layers_of_a_model_are_summed_in_squares():
+    rows = [(8, 1, 3.0, 3.0, 0.0, 0.0, 10.0, 0.0), (8, 1, 4.0, 4.0, 0.0, 0.0, 10.0, 0.0)]
+    rows += [(8, 2, 6.0, 3.0, 4.0, 2.0, 10.0, 6.0), (8, 2, 8.0, 3.0, 4.0, 2.0, 10.0, 0.0)]
+    columns = ["n", "layer", "error", "fresh", "inherited", "before", "spread", "cross"]
+    found = tables.model_layers(pd.DataFrame(rows, columns=columns))
+    first, second = found.loc[8, 1], found.loc[8, 2]
+    assert first.error == pytest.approx(12.5**0.5) and math.isnan(first.passed) and first.alike == 0
+    assert (second.passed, second.alike, second.together) == pytest.approx((2, 3 / 12, 50 / 25))
+
+
+def test_exponents_allow_for_draws_without_replacement():
+    stream = np.random.default_rng(0)
+    rows = [
+        (n, 1, r, stream.uniform(0.9, 1.1) * (1 - n / 254) ** 0.5 * n**-0.3) for n in (8, 32, 128) for r in range(20)
+    ]
+    table = pd.DataFrame(rows, columns=["n", "layer", "replicate", "error"])
+    assert tables.model_exponents(table, 254)["exponent"].item() == pytest.approx(0.3, abs=0.03)
+
+
+def test_heads_of_the_record():
+    record = records.load("depth_heads")
+    found, pairs = tables.head_layers(record), tables.head_pairs(record, 1000)
+    last = record.table[(record.table["n"] == 30_000) & (record.table["layer"] == 2)]
+    assert found.loc[2, "total"] == pytest.approx(last["total"].mean())
+    assert found.loc[2, "agreed"] == pytest.approx(last.filter(like="head_").sum(axis=1).mean())
+    assert (found["worst"] < found["total"]).all() and (found["total"] < found["agreed"]).all()
+    assert len(pairs) == 6 * 66
+    at = record.meta["config"]["lengths"].index(1000)
+    one = pairs[(pairs["layer"] == 3) & (pairs["head"] == 2) & (pairs["other"] == 7)].iloc[0]
+    assert one["measured"] == record.meta["layers"]["3"]["correlation"][at][7][2]
+    assert pairs["measured"].corr(pairs["expected"]) > 0.9
+    shuffled = pairs["expected"].sample(frac=1, random_state=0).to_numpy()  # planted: the pairs mixed up
+    assert abs(np.corrcoef(pairs["measured"], shuffled)[0, 1]) < 0.3
+    with pytest.raises(ValueError, match="n: expected one of"):
+        tables.head_pairs(record, 3)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from tokcx_lib.records import Record
 from tokcx_lib.sampling import fits
 from tokcx_lib.studies.depth import influence, stacks
 from tokcx_lib.validation import as_kind
@@ -24,12 +23,16 @@ def typical(values) -> float:
     return float(np.mean(np.sqrt(np.abs(np.asarray(values, dtype=float)))) ** 2)
 
 
-def with_first_order(record: Record) -> pd.DataFrame:
-    """The table of the record `depth_scalar`, and beside it the errors of its tokens by `influence.first_order`."""
-    record = as_kind("record", record, Record)
-    return record.table.merge(
-        influence.first_order(record.meta["config"]), on=["n", "stack", "layer", "replicate"], validate="one_to_one"
-    )
+def with_first_order(table: pd.DataFrame, config: dict) -> pd.DataFrame:
+    """A table of the experiment `depth_scalar`, and beside it the errors of its tokens by `influence.first_order`.
+
+    Parameters
+    ----------
+    table : of the record, or of a run with the same columns; config : that of the record or run.
+    """
+    first = influence.first_order(config)
+    keys = ["n", "stack", "layer", "replicate"]
+    return as_kind("table", table, pd.DataFrame).merge(first, on=keys, validate="one_to_one")
 
 
 def exponents(table: pd.DataFrame, horizons: dict[str, list[float]]) -> pd.DataFrame:
