@@ -48,7 +48,7 @@ def drawn_errors(n, total: float, loads: np.ndarray, along: np.ndarray) -> np.nd
     n : numbers of keys (k,), from 1 to total; total : N; loads, along : of one shape, a query each; loads beyond 40
         count as 40.
 
-    Source: chapter 9.
+    Source: `drawn_keys`, from the integrals of chapter 9.
     """
     loads, along = np.minimum(loads.ravel(), drawn_keys.MOST_LOAD), along.ravel()
     # From a grid of loads, which heads share: cubic splines of step 1/8 are good to 1e-4.
