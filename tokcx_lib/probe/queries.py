@@ -50,16 +50,25 @@ def layer_notes(
     """All that is noted of a layer in one window: float64 arrays, the first axis of which is the heads.
 
     `notes` of late queries, as many as `draws` has rows; `load_N` and `effective_N` of queries with N keys, for each N
-    in `shown` below the size of the window, if a query sees no later key; group, whose keys a head reads, and window.
+    in `shown` below the size of the window, if a query sees no later key; group, whose keys a head reads; and window,
+    the most keys that a query sees in a sliding one, on both sides where it looks both ways, NaN where it sees all.
+
+    Raises
+    ------
+    ValueError
+        If the model has NaN or infinity here, as half precision may.
     """
     heads, groups, size = attention.q.shape[1], attention.k.shape[1], attention.k.shape[2]
     rows = late_queries(text, attention.causal, len(draws)).to(draws.device)
     found = notes(attention, rows, draws[: len(rows)], lengths)
-    found |= {"group": np.arange(heads) // (heads // groups), "window": np.full(heads, attention.window or math.nan)}
+    found["group"] = np.arange(heads) // (heads // groups)
     for n in (n for n in shown if n < size and attention.causal):
         some = queries_with(n, text, len(draws)).to(draws.device)
         found |= {f"{note}_{n}": array for note, array in load_and_effective(attention, some).items()}
-    return found
+    if not all(np.isfinite(array).all() for array in found.values()):
+        raise ValueError(f"model: expected finite queries, keys and values, got NaN or infinity in {attention.name}")
+    window = attention.window or math.nan
+    return found | {"window": np.full(heads, window if attention.causal else 2 * window - 1)}
 
 
 def notes(attention: Attention, rows: Tensor, draws: Tensor, lengths: Sequence[int]) -> dict[str, np.ndarray]:
