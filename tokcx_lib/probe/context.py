@@ -65,15 +65,15 @@ def probe_in_context(
         layer, head, group (whose keys it reads); window, if any layer has a sliding one; then of the late queries keys
         (the median number that they see), load, load_05, load_95, load_with_first, reduced, phase, effective and
         share_first, share_near, share_own; load_N and effective_N of queries with N = 64, 256, 1024, … keys, if they
-        look back alone; error_POLICY_N and, where N is less than the keys, law_N, the error of keys drawn at random if
-        they and their values were Gaussian, as many and with the same loads; keys_POLICY, with keys_POLICY_low and
-        keys_POLICY_high.
+        look back alone (NaN where a sliding window has fewer); error_POLICY_N and, where N is less than the keys,
+        law_N, the error of keys drawn at random if they and their values were Gaussian, as many and with the same
+        loads; keys_POLICY, with keys_POLICY_low and keys_POLICY_high.
         `attrs` has seconds_model and seconds_statistics, which do not add up over ranks.
 
     Raises
     ------
     ValueError
-        If a layer does not exist, or the model computes its attention itself.
+        If a layer does not exist, or the model computes its attention itself or has NaN or infinity in it.
     """
     before, after = architectures.special_tokens(model.model.config, model.tokenizer)
     width = context - len(before) - len(after)
@@ -197,8 +197,9 @@ def _rows(layer: int, found: dict[str, np.ndarray], lengths: list[int], error: f
 
 def _row(layer: int, head: int, noted: dict[str, np.ndarray], lengths: list[int], error: float) -> dict:
     """The row of a head, from arrays (windows, queries or lengths)."""
-    keys, load = np.median(noted["keys"]), np.median(noted["load"])
-    row = {"layer": layer, "head": head, "group": int(noted["group"][0]), "window": noted["window"][0], "keys": keys}
+    # The upper one of two medians, so that budgets end at a whole number.
+    keys, load, window = np.quantile(noted["keys"], 0.5, method="higher"), np.median(noted["load"]), noted["window"][0]
+    row = {"layer": layer, "head": head, "group": int(noted["group"][0]), "window": window, "keys": keys}
     row |= {"load": load, "load_05": np.quantile(noted["load"], 0.05), "load_95": np.quantile(noted["load"], 0.95)}
     row |= {"load_with_first": np.median(noted["load_with_first"])}
     row |= {"reduced": load / math.sqrt(2 * math.log(keys)), "phase": budgets.phase(load, keys)}
@@ -207,7 +208,8 @@ def _row(layer: int, head: int, noted: dict[str, np.ndarray], lengths: list[int]
     shown = [n for n in SHOWN if n < lengths[-1]]
     for n in shown:
         if f"load_{n}" in noted:
-            row |= {f"{note}_{n}": np.median(noted[f"{note}_{n}"]) for note in ("load", "effective")}
+            for note in ("load", "effective"):  # in a sliding window no query has more keys than that
+                row[f"{note}_{n}"] = math.nan if n > window else np.median(noted[f"{note}_{n}"])
     for policy in POLICIES:
         squares = noted[f"squares_{policy}"].mean(0)
         row |= {f"error_{policy}_{n}": math.sqrt(squares[lengths.index(n)]) for n in shown}
