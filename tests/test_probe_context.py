@@ -373,6 +373,7 @@ def test_a_sliding_window_is_all_that_its_queries_need():
     table = probed(model)
     assert list(table.columns) == [*COLUMNS[:3], "window", *COLUMNS[3:]]
     assert (table["window"] == 20).all() and (table["keys"] == 20).all()
+    assert table[["load_64", "effective_256"]].isna().all(axis=None)  # none of its queries has so many keys
     for policy in POLICIES:
         ends = table[[f"keys_{policy}{end}" for end in ("_low", "", "_high")]]
         assert ends.ge(1).all(axis=None) and ends.le(20).all(axis=None)
@@ -381,6 +382,31 @@ def test_a_sliding_window_is_all_that_its_queries_need():
         assert table[name].equals(table[name.replace("first_", "")])
     assert (table["share_first"] == 0).all()
     assert table["law_64"].isna().all()
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma2", "modernbert", "llama"])
+def test_the_window_of_a_layer_is_the_most_keys_that_a_query_sees(kind):
+    model, inputs = small(kind)
+    for attention in captured(model, {name: ids[:1] for name, ids in inputs.items()}):
+        most = attention.seen().sum(-1).max().item()
+        found = queries.layer_notes(attention, range(12), torch.rand(12, 12), [1, 2, 12], ())
+        assert (np.nan_to_num(found["window"], nan=12) == most).all()
+        assert found["keys"].max() == most
+
+
+def test_numbers_of_keys_are_whole_for_an_even_number_of_queries():
+    table = probed(queries=4, windows=2)
+    for name in ["keys", *(f"keys_{policy}" for policy in POLICIES)]:
+        assert (table[name] % 1 == 0).all()
+
+
+def test_a_model_that_overflows_is_refused(tmp_path):
+    model = tiny(rms_norm_eps=1e-5)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[3, 3] = torch.inf
+    with pytest.raises(ValueError, match="^model: expected finite queries.*NaN or infinity in layers.1.self_attn$"):
+        probed(model, checkpoint=tmp_path)
+    assert not list(tmp_path.glob("window_*"))
 
 
 def test_of_an_encoder_all_queries_see_all_keys():
