@@ -26,7 +26,7 @@ from tokcx_lib import checkpoints, records, runtime
 from tokcx_lib.models import architectures
 from tokcx_lib.models.capture import Attention, capture
 from tokcx_lib.models.loading import TextModel, evaluating
-from tokcx_lib.probe.policies import POLICIES, jackknife, keys_needed, lengths_up_to
+from tokcx_lib.probe.policies import POLICIES, jackknife, keys_needed, lengths_up_to, whole
 from tokcx_lib.probe.predictions import drawn_errors
 from tokcx_lib.probe.queries import layer_notes
 from tokcx_lib.sampling import distributed
@@ -221,5 +221,5 @@ def _row(layer: int, head: int, noted: dict[str, np.ndarray], lengths: list[int]
         squares = np.pad(noted[f"squares_{policy}"][:, : len(fewer)], ((0, 0), (0, 1)))
         needed = jackknife(lambda windows: keys_needed([*fewer, keys], windows.mean(0), error), squares)
         for suffix, number in zip(("", "_low", "_high"), needed):
-            row[f"keys_{policy}{suffix}"] = np.clip(number, 1.0, keys)
+            row[f"keys_{policy}{suffix}"] = np.clip(whole(number), 1.0, keys)
     return row

@@ -78,7 +78,7 @@ def errors(logits: Tensor, values: Tensor, rank: Tensor, lengths: Sequence[int])
 
 
 def keys_needed(lengths: Sequence[int], squares: np.ndarray, error: float) -> float:
-    """The smallest number of keys from which on the root mean square error stays at or below `error`.
+    """The number of keys from which on the root mean square error stays at or below `error`.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ def keys_needed(lengths: Sequence[int], squares: np.ndarray, error: float) -> fl
 
     Returns
     -------
-    float, a whole number
+    float, a real number, which varies smoothly with the errors; `whole` rounds it up
     """
     above = np.flatnonzero(np.asarray(squares[:-1]) > error**2)
     if len(above) == 0:
@@ -101,8 +101,12 @@ def keys_needed(lengths: Sequence[int], squares: np.ndarray, error: float) -> fl
         wanted = left[few] * part ** (math.log(left[few] / left[many]) / math.log(squares[few] / squares[many]))
     else:
         wanted = left[many] + part * (left[few] - left[many])
-    n = 1 / (max(wanted, left[many]) + 1 / lengths[-1])
-    return float(math.ceil(n * (1 - 1e-12)))
+    return float(1 / (max(wanted, left[many]) + 1 / lengths[-1]))
+
+
+def whole(keys: float) -> float:
+    """The smallest whole number of keys that is enough; NaN of NaN."""
+    return float(np.ceil(keys * (1 - 1e-12)))
 
 
 class Estimate(NamedTuple):
@@ -118,7 +122,8 @@ def jackknife(measure: Callable[[np.ndarray], float], windows: np.ndarray) -> Es
 
     Parameters
     ----------
-    measure : of windows (w, ...), to a positive number; windows : (W, ...), independent of each other.
+    measure : of windows (w, ...), to a positive number, smoothly: what is rounded has no interval of any width where
+        windows left out do not change it; windows : (W, ...), independent of each other.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 11; Student's t of W - 1 degrees.
     """
