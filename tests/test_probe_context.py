@@ -268,23 +268,24 @@ def test_the_table_has_its_rows_and_columns_in_order():
 
 
 def plain_needed(lengths, squares, error):
-    """The smallest number of keys from which on the error stays below, by trying all of them."""
-    total = lengths[-1]
-    for n in range(total, 1, -1):  # the first that fails, from above
-        place = max(i for i, length in enumerate(lengths) if length <= n - 1)
-        if n - 1 == lengths[place]:
-            square = squares[place]
-        else:
-            few, many = lengths[place : place + 2]
-            left = lambda m: 1 / m - 1 / total  # noqa: E731
-            if squares[place + 1] < 1e-10:
-                square = squares[place] * (1 / (n - 1) - 1 / many) / (1 / few - 1 / many)
-            else:
-                power = math.log(squares[place] / squares[place + 1]) / math.log(left(few) / left(many))
-                square = squares[place] * (left(n - 1) / left(few)) ** power
-        if square > error**2:
-            return n
-    return 1
+    """From how many keys on, a real number, the error stays below: halving the last gap in which it is too large."""
+    above = [i for i, square in enumerate(squares) if square > error**2]
+    if not above:
+        return 1.0
+    few, many, total = *lengths[above[-1] :][:2], lengths[-1]
+    at_few, at_many = squares[above[-1] :][:2]
+
+    def square(n):
+        if at_many < 1e-10:
+            return at_few * (1 / n - 1 / many) / (1 / few - 1 / many)
+        left = [1 / m - 1 / total for m in (n, few, many)]
+        return at_few * (left[0] / left[1]) ** (math.log(at_few / at_many) / math.log(left[1] / left[2]))
+
+    low, high = float(few), float(many)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if square(middle) > error**2 else (low, middle)
+    return high
 
 
 def plain_row(every: list[dict], early: dict[int, list[dict]], lengths: list[int], error: float) -> dict:
@@ -311,7 +312,7 @@ def plain_row(every: list[dict], early: dict[int, list[dict]], lengths: list[int
         logs = [math.log(plain_needed([*fewer, int(keys)], other, error)) for other in others]
         reach = stats.t.ppf(0.975, len(logs) - 1) * math.sqrt((len(logs) - 1) * np.var(logs))
         ends = {"": value, "_low": value * math.exp(-reach), "_high": value * math.exp(reach)}
-        row |= {f"keys_{policy}{end}": min(max(number, 1), keys) for end, number in ends.items()}
+        row |= {f"keys_{policy}{end}": min(max(math.ceil(number), 1), keys) for end, number in ends.items()}
     return row
 
 
