@@ -321,7 +321,7 @@ def test_every_number_of_the_table_is_that_of_the_plain_account():
     last = list(range(263, 300))
     rows = [last[37 * (i + 1) // 5 - 1] for i in range(5)]
     early = {n: [((3 * n // 4) + (n // 4) * (i + 1) // 5) - 1 for i in range(5)] for n in (64, 256)}
-    lengths = [1, 2, 4, 8, 16, 32, 64, 128, 256, 300]
+    lengths = [1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128, 181, 256, 300]
     asked = {(layer, head): ([], {64: [], 256: []}) for layer, head in ((0, 1), (1, 0), (2, 3))}
     for window in range(WINDOWS):
         ids = torch.tensor([[2, *IDS[window * width : (window + 1) * width]]])

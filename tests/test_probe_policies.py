@@ -46,16 +46,19 @@ def budgets(found, lengths, error) -> dict[str, list[float]]:
 # ------------------------------------------------------------ numbers of keys
 
 
-def test_lengths_are_powers_of_two_and_all():
-    assert lengths_up_to(1) == [1] and lengths_up_to(2) == [1, 2] and lengths_up_to(5) == [1, 2, 4, 5]
-    assert lengths_up_to(1024) == [2**k for k in range(11)]
-    assert lengths_up_to(1023) == [2**k for k in range(10)] + [1023]
+def test_lengths_are_powers_of_the_root_of_two_and_all():
+    assert [lengths_up_to(n) for n in (1, 2, 3, 5)] == [[1], [1, 2], [1, 2, 3], [1, 2, 3, 4, 5]]
+    assert lengths_up_to(100) == [1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 100]
+    for most in (1000, 1024, 4096, 5000):
+        found = np.array(lengths_up_to(most))
+        assert found[-1] == most and {2**k for k in range(most.bit_length()) if 2**k <= most} <= set(found.tolist())
+        assert (found[9:] / found[8:-1] < 1.45).all() and (np.diff(found) > 0).all()
 
 
 CURVES = st.integers(2, 3000).flatmap(
     lambda total: st.tuples(
         st.just(lengths_up_to(total)),
-        st.lists(st.sampled_from([0.0, 1e-9]) | st.floats(1e-6, 10), min_size=20, max_size=20),
+        st.lists(st.sampled_from([0.0, 1e-9]) | st.floats(1e-6, 10), min_size=24, max_size=24),
     )
 )
 

@@ -28,8 +28,12 @@ ROUNDING = 1e-10  # mean square errors below this are nothing but rounding
 
 
 def lengths_up_to(most: int) -> list[int]:
-    """Numbers of keys at which errors are measured: the powers of 2 up to `most`, and that."""
-    return sorted({2**power for power in range(most.bit_length())} | {most})
+    """Numbers of keys at which errors are measured: the powers of the root of 2, rounded, up to `most`, and that.
+
+    With powers of 2 alone, budgets of orders in which the error falls all at once come out up to 40% too low.
+    """
+    powers = {round(2 ** (half / 2)) for half in range(2 * most.bit_length())}
+    return sorted({n for n in powers if n < most} | {most})
 
 
 def shared_ranks(seen: Tensor, distance: Tensor, draws: Tensor) -> dict[str, Tensor]:
