@@ -11,7 +11,7 @@ from tokcx_lib import cli, records, runtime
 from tokcx_lib.models import loading
 from tokcx_lib.models.loading import TextModel
 from tokcx_lib.models.tokens import tokenize
-from tokcx_lib.probe import plan, pooled, report
+from tokcx_lib.probe import pages, plan, pooled, report
 from tokcx_lib.studies import runs
 from tokcx_lib.studies.registry import EXPERIMENTS
 
@@ -30,7 +30,7 @@ def quick(monkeypatch, minilm, tmp_path):
     """A probe of the packaged model that takes no time: it is loaded once, and no figures are drawn."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loading, "load_model", lambda name, device, dtype: (runtime.device(device), minilm)[1])
-    monkeypatch.setattr(report, "_draw", lambda *arguments, **options: b"")
+    monkeypatch.setattr(pages, "drawn", lambda *arguments, **options: b"")
     (tmp_path / "text.txt").write_text("Attention over a law of tokens, and what a head makes of it. " * 60)
     return ["probe", "--text", "text.txt", "--layers", "0", "--tokens", "300", "--queries", "8"]
 

@@ -618,7 +618,7 @@ def test_no_more_keys_are_reported_than_a_window_has(healthy, tmp_path):
 
     meta = {"tokens": 1200, "queries": 32, "seed": 0, "context": 40, "model": "m", "model_sha256": None}
     meta |= {"text": "t", "text_sha256": "0" * 64, **records.provenance()}
-    assert len(report.write(table, meta, tmp_path)) == 7
+    assert len(report.write(table, meta, tmp_path)) == 8
     page = (tmp_path / "report.html").read_text()
     assert "nan" not in page.lower().split("base64")[0] and "sliding window" in page
     again = pd.read_csv(tmp_path / "heads.csv")

@@ -8,20 +8,18 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
-from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from test_probe_report import Page
 
 from tokcx_lib import cli, records, runtime
 from tokcx_lib.models import corpora, heads, loading, tokenization
 from tokcx_lib.models.tokens import RunningMoments, collect_tokens, first_ids, layer_streams, token_moments, tokenize
 from tokcx_lib.probe import layers as probe_layers
-from tokcx_lib.probe import pooled, report, resuming
+from tokcx_lib.probe import pooled, pooled_page, report, resuming
 from tokcx_lib.probe.predictions import predictions
 from tokcx_lib.sampling import distributed, streaming
 from tokcx_lib.theory import budgets, rates
@@ -232,23 +230,8 @@ def test_heads_with_rotary_positions_are_described_at_distances_too(minilm, ids,
             restored = found[f"{name}_{distance}"] * (1 + distance)
             assert restored.tolist() == pytest.approx(found[name].tolist(), rel=1e-5)
     meta = {"tokens": 1000, "queries": 16, "context": 256}
-    said = " ".join(report.caveats(found, meta))
+    said = " ".join(pooled_page.caveats(found, meta))
     assert "causal" in said and "rotary" in said and "1,024" in said
-
-
-class Page(HTMLParser):
-    """Tags of a page with their attributes, and its text."""
-
-    def __init__(self, content):
-        super().__init__()
-        self.tags, self.words = [], []
-        self.feed(content)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_data(self, data):
-        self.words.append(data)
 
 
 def test_the_command_line(tmp_path, capsys, text):
@@ -257,7 +240,8 @@ def test_the_command_line(tmp_path, capsys, text):
     assert cli.main(["probe", "--text", str(file), "--layer", "0", "--tokens", "3000", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "horizon" in printed and "report.html" in printed
-    written = {"heads.csv", "report.html", "probe.json", "horizon.png", "load.png", "effective.png", "phases.png"}
+    written = {"heads.csv", "report.html", "report.json", "probe.json"}
+    written |= {"horizon.png", "load.png", "effective.png", "phases.png"}
     assert {path.name for path in out.iterdir()} == written
     table = pd.read_csv(out / "heads.csv")
     assert len(table) == 12 and table["horizon"].idxmax() == 2
@@ -277,17 +261,8 @@ def test_the_command_line(tmp_path, capsys, text):
 
 
 def test_a_report_needs_the_tokens_it_speaks_of(table, tmp_path):
-    with pytest.raises(ValueError, match="^table: expected heads with a column effective_7"):
+    with pytest.raises(ValueError, match="^table: expected heads with column effective_7"):
         report.write(table, {"tokens": 7}, tmp_path)
-
-
-@pytest.mark.parametrize(
-    "number, shown",
-    [(0.34083, "0.341"), (12.345, "12.3"), (99.96, "100"), (1234.5, "1,230"), (0, "0.00"), (np.inf, "∞")]
-    + [(4.5678e12, "4.57&nbsp;×&nbsp;10<sup>12</sup>"), (1e-7, "1.00&nbsp;×&nbsp;10<sup>−7</sup>")],
-)
-def test_numbers_are_shown_with_three_digits(number, shown):
-    assert report._number(number) == shown
 
 
 META = {"tokens": TOKENS, "queries": QUERIES, "seed": 0, "context": 256, "model": "m", "model_sha256": None}
@@ -297,26 +272,7 @@ META |= {"text": "t", "text_sha256": "0" * 64, **records.provenance()}
 def test_a_head_that_looks_at_nothing_is_drawn(table, tmp_path):
     nothing = table.copy()
     nothing.loc[0, ["horizon", "coupling", "load_median", "load_05", "load_25"]] = 0.0
-    assert len(report.write(nothing, META, tmp_path)) == 7
-
-
-def test_what_a_page_is_given_is_shown_and_never_obeyed(table, monkeypatch):
-    """Names are text, be they HTML or of the template's language; our own prose is HTML."""
-    monkeypatch.setattr(report, "_draw", lambda *arguments, **options: b"png")
-    evil = "<script>alert(1)</script> & \"'{{ 7 * 7 }} {% raw %}"
-    meta = META | {"model": evil, "text": evil, "device": evil, "created": evil, "versions": {evil: evil}}
-    content = report.page(table, meta)
-    page = Page(content)
-    tags = {tag for tag, _ in page.tags}
-    assert "script" not in tags and {"b", "i", "sup", "table"} <= tags and "&lt;b&gt;" not in content
-    assert "".join(page.words).count(evil) == 9  # two in the title, one in the heading, six in the facts
-    assert all(value.isprintable() and "<" not in value for _, given in page.tags for value in given.values())
-
-
-def test_the_template_is_part_of_a_wheel():
-    declared = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
-    assert declared["tool"]["setuptools"]["package-data"] == {"tokcx_lib.probe": ["page.html.j2"]}
-    assert (Path(report.__file__).parent / "page.html.j2").is_file()
+    assert len(report.write(nothing, META, tmp_path)) == 8
 
 
 CHILD = "import sys; from tokcx_lib import cli; from tokcx_lib.probe import resuming; resuming.CHECKPOINT_SECONDS = 0; "

@@ -1,81 +1,103 @@
-"""The report of a probe: a page that stands alone, with heat maps, the phase diagram, and a reading of the numbers.
+"""The report of a probe: the table, a page that stands alone, its figures, and report.json for other programs.
 
-The page asks no other host for anything and runs no script; its figures are inside it, drawn once for light and once
-for dark screens. It is the template page.html.j2, which escapes what it is given, names of models and texts among it;
-HTML of this module is Markup, and what is formatted into that is escaped too.
+A table with a column `keys` is that of a probe in context (`probe.context`), any other that of a pooled one.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import math
-from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
+from types import ModuleType
 
-import matplotlib as mpl
-import numpy as np
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-from matplotlib.figure import Figure
 
-from tokcx_lib import plots, records
-from tokcx_lib.probe.layers import DISTANCES
+from tokcx_lib import records
+from tokcx_lib.probe import context_page, pages, pooled_page, summary
 from tokcx_lib.probe.plan import differing, read_plan
 
 MADE = "probe.json"  # what made the other files
+REPORT = "report.json"
+SCHEMA = 1  # of report.json; another where a key goes, or means something else
 _ELSEWHERE = "choose another folder, or give --force to replace it"
-HARDEST = 3  # heads that the reading names
-LIGHT_INK = "#dfe3e7"  # of maps on a dark screen
-TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-)
-PHASES = {
-    "averaging": "many tokens share the attention, and errors fall like 1/√n",
-    "extremal": "the few tokens with the largest logits decide, and errors fall more slowly than 1/√n",
-    "frozen": "one token or a handful take almost all of the attention, and more tokens still change which",
-}
 
 
 def write(table: pd.DataFrame, meta: dict, folder: Path) -> list[Path]:
-    """Write heads.csv, report.html, four PNG files and probe.json, which says what made them; returns their paths.
+    """Write heads.csv, report.html, figures as PNG, report.json, and probe.json, which says what made them.
 
     Parameters
     ----------
-    table : from `pooled.pooled_probe`.
-    meta : what was probed: model, text, tokens, queries, seed and context; the checksums model_sha256, text_sha256 and
-        tokens_sha256 (of the token ids), each where it is known; and the device, versions and created of
-        `records.provenance`. All of it goes into probe.json; where it has the plan (`plan.plan`), `require_unused`
-        knows this probe again.
+    table : from `context.probe_in_context`, or `pooled.pooled_probe`.
+    meta : what was probed: model, text, context, queries, seed, and tokens (pooled) or windows and error (in context);
+        the checksums model_sha256, text_sha256 and tokens_sha256 (of the token ids), each where it is known; the
+        device, versions and created of `records.provenance`; and of a probe in context what it took, where that is
+        known: seconds, seconds_model, seconds_statistics, peak_memory_gb. All of it goes into probe.json; where it has
+        the plan, `require_unused` knows this probe again.
+
+    Returns
+    -------
+    list of Path, the files
 
     Raises
     ------
     ValueError
-        If the table is not that of a probe of so many tokens.
+        If the table has not the columns of its kind, or is not that of a probe of so many tokens.
     OSError
         If a file cannot be written; none is then left in half.
     """
-    if len(table) == 0 or (column := f"effective_{meta['tokens']}") not in table:
-        shown = f"{len(table)} rows of {list(table)}"
-        raise ValueError(f"table: expected heads with a column {column}, got {shown}")
+    summary.require_heads(table, meta)
+    kind = _page_of(table)
     folder.mkdir(parents=True, exist_ok=True)
     files = {
         "heads.csv": table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode(),
-        "report.html": page(table, meta).encode(),
+        "report.html": kind.page(table, meta).encode(),
         # On their own they are opened on any ground: white belongs to them.
-        **{f"{name}.png": _draw(table, meta, draw, ground="white") for name, (_, draw) in FIGURES.items()},
-        MADE: (json.dumps(meta, indent=2) + "\n").encode(),
+        **{
+            f"{name}.png": pages.drawn(picture, table, meta, ground="white")
+            for name, picture in kind.figures(table).items()
+        },
+        REPORT: _json(content(table, meta), indent=1),
+        MADE: _json(meta, indent=2),
     }
     paths = [folder / name for name in files]
     records.write_whole(*(item for path, content in zip(paths, files.values()) for item in (path, content)))
     return paths
+
+
+def _page_of(table: pd.DataFrame) -> ModuleType:
+    return context_page if summary.in_context(table) else pooled_page
+
+
+def content(table: pd.DataFrame, meta: dict) -> dict:
+    """What report.json holds: schema, probe (the meta), summary (the first screen's numbers), heads (one each)."""
+    rows = [{name: _rounded(value) for name, value in row.items()} for row in table.to_dict("records")]
+    return {"schema": SCHEMA, "probe": meta, "summary": summary.summary(table, meta), "heads": rows}
+
+
+def _rounded(value):
+    """Six digits of a number, as heads.csv has them."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _json(value, indent: int) -> bytes:
+    return (json.dumps(_plain(value), indent=indent, allow_nan=False) + "\n").encode()
+
+
+def _plain(value):
+    """A value of JSON, with null for what is no finite number."""
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if hasattr(value, "item"):  # a number of numpy
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def sentences(table: pd.DataFrame, meta: dict) -> list[str]:
+    """The first screen of the page as lines of plain text, for a terminal; arguments as for `write`."""
+    summary.require_heads(table, meta)
+    return summary.sentences(summary.summary(table, meta), meta, summary.policy_names(table))
 
 
 def require_unused(folder: Path, plan: dict) -> None:
@@ -89,334 +111,12 @@ def require_unused(folder: Path, plan: dict) -> None:
         raise ValueError(f"out: {folder} has a {wrote[-1]}, and nothing says of which probe; {_ELSEWHERE}")
     for made, kind in ((finished, "a"), (unfinished, "an unfinished")):
         if made is not None and (others := differing(made, plan)):
-            what = f"{made.get('model')} on {made.get('text', 'a text')}, {made.get('tokens')} tokens"
+            what = f"{made.get('model')} on {made.get('text', 'a text')}, {_size(made)}"
             raise ValueError(f"out: {folder} holds {kind} probe of another {', '.join(others)} ({what}); {_ELSEWHERE}")
 
 
-def _keys(head: pd.Series, meta: dict) -> int:
-    """How many keys a query of this head reads: all tokens, or those of the head's window."""
-    window = head.get("window", math.nan)
-    return meta["tokens"] if math.isnan(window) else min(int(window), meta["tokens"])
-
-
-def _effective(head: pd.Series, meta: dict) -> float:
-    """The effective tokens among those."""
-    return head[f"effective_{_keys(head, meta)}"]
-
-
-def _each(measure: Callable[[pd.Series, dict], float], table: pd.DataFrame, meta: dict) -> pd.Series:
-    return table.apply(measure, axis=1, args=(meta,))
-
-
-# ---- figures ----
-
-
-def _draw(table: pd.DataFrame, meta: dict, draw: Callable, ground: str = "none", ink: str = plots.INK) -> bytes:
-    """One figure as PNG, with text and axes of some ink."""
-    parts = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    with mpl.rc_context():
-        plots.use_style()
-        mpl.rcParams.update(dict.fromkeys(parts, ink))
-        figure = draw(table, meta)
-        content = BytesIO()
-        figure.savefig(content, format="png", facecolor=ground)
-    return content.getvalue()
-
-
-def _map(table: pd.DataFrame, value: str, title: str) -> Figure:
-    layers, across = table["layer"].nunique(), table["head"].nunique()
-    figure = Figure(figsize=(max(1.2 + 0.6 * across, 5.0), 1.1 + 0.42 * layers))
-    # A head that looks at nothing has no place on a logarithmic scale.
-    plots.head_map(figure.subplots(), table, value, title, log=bool(table[value].min() > 0))
-    return figure
-
-
-def _horizon_map(table: pd.DataFrame, meta: dict) -> Figure:
-    return _map(table, "horizon", "attention horizon $H$ (two-sided)")
-
-
-def _load_map(table: pd.DataFrame, meta: dict) -> Figure:
-    return _map(table, "load_median", "median load $s$")
-
-
-def _effective_map(table: pd.DataFrame, meta: dict) -> Figure:
-    found = table.assign(effective=_each(_effective, table, meta))
-    return _map(found, "effective", f"effective tokens among {meta['tokens']:,}{_or_window(table)}")
-
-
-def _or_window(table: pd.DataFrame) -> str:
-    return " or a window" if "window" in table else ""
-
-
-def _phases(table: pd.DataFrame, meta: dict) -> Figure:
-    figure = Figure(figsize=(8.4, 5.2))
-    axes = figure.subplots()
-    load, n = table["load_median"].clip(lower=0.01), meta["tokens"]
-    read = _each(_keys, table, meta).astype(float)
-    span = (min(0.3, 0.8 * load.min()), max(20.0, 1.25 * load.max()))
-    marks = pd.DataFrame({"load": load, "tokens": read})
-    plots.phase_diagram(axes, span, (min(10.0, read.min()), max(1e12, 1e3 * n)), heads=marks)
-    for step, (_, head) in enumerate(hardest(table).iterrows()):
-        axes.annotate(
-            f"{head['layer']}.{head['head']}",
-            (max(head["load_median"], 0.01), _keys(head, meta)),
-            (0, 9 if step % 2 == 0 else -17),
-            textcoords="offset points",
-            ha="center",
-            fontsize=10,
-        )
-    return figure
-
-
-# Name of the file: alternative text, and what draws it.
-FIGURES = {
-    "horizon": ("Heat map of the attention horizon of every head, layers down and heads across.", _horizon_map),
-    "load": ("Heat map of the median load of every head, layers down and heads across.", _load_map),
-    "effective": (
-        "Heat map of the median effective number of tokens of every head, layers down and heads across.",
-        _effective_map,
-    ),
-    "phases": (
-        "Phase diagram of load and number of tokens: regions averaging, few tokens decide, and frozen, with a dot at "
-        "the median load of every head.",
-        _phases,
-    ),
-}
-
-
-# ---- the reading ----
-
-
-def hardest(table: pd.DataFrame, count: int = HARDEST) -> pd.DataFrame:
-    """The heads of largest median load, largest first."""
-    return table.sort_values("load_median", ascending=False, kind="stable").head(count)
-
-
-BUDGETS = Markup(
-    "<p>If the logits of a query of load <i>s</i> were Gaussian, its output would depend on single tokens up to "
-    "about <i>e</i><sup><i>s</i>²/2</sup> tokens (<i>not frozen beyond</i>), and its error would fall like "
-    "1/√<i>n</i> only beyond about <i>e</i><sup>2<i>s</i>²</sup> (<i>1/√n beyond</i>). Both are of leading "
-    "exponential order. <i>10% at</i> is exact under the same assumption: the tokens after which the root mean "
-    "square error is a tenth of the output's component along the query's direction. A query of small load has "
-    "a small output, so that it too takes many tokens to a tenth of it.</p>"
-)
-
-
-def reading(table: pd.DataFrame, meta: dict) -> list[tuple[str, Markup]]:
-    """What the numbers say, as pairs of a heading and paragraphs of HTML."""
-    return [
-        ("Where the heads are", _in_phases(table, meta)),
-        ("The hardest heads", _hardest_heads(table, meta)),
-        ("What a token budget means", BUDGETS),
-        ("How fast the moments converge", _slowest_head(table)),
-    ]
-
-
-def _in_phases(table: pd.DataFrame, meta: dict) -> Markup:
-    found = table["phase"].value_counts()
-    phases = Markup("; ").join(
-        Markup("<b>{} {}</b> ({})").format(found[name], name, what) for name, what in PHASES.items() if name in found
-    )
-    return Markup(
-        "<p>By the load of its median query, on {:,} tokens{}, the {} heads are in these phases: {}.</p>"
-    ).format(meta["tokens"], _or_window(table), len(table), phases)
-
-
-def _hardest_heads(table: pd.DataFrame, meta: dict) -> Markup:
-    heads = Markup("").join(_one_head(head, meta) for _, head in hardest(table).iterrows())
-    return Markup(
-        "<p>The load of a query is the standard deviation of its logits over the keys. The larger it is, the fewer "
-        "tokens share the attention and the more of them it takes until the output has converged. The largest "
-        "median loads:</p>\n<ul>{}</ul>"
-    ).format(heads)
-
-
-def _one_head(head: pd.Series, meta: dict) -> Markup:
-    return Markup(
-        "<li><b>{}</b>: load {} (95% of queries below {}), {} effective of {:,} tokens; with Gaussian logits, 10% at "
-        "{} tokens</li>"
-    ).format(
-        _name(head),
-        _number(head["load_median"]),
-        _number(head["load_95"]),
-        _number(_effective(head, meta)),
-        _keys(head, meta),
-        _number(head["tokens_10_percent"]),
-    )
-
-
-def _slowest_head(table: pd.DataFrame) -> Markup:
-    slowest = table.loc[table["coupling"].idxmax()]
-    return Markup(
-        "<p>The mean and covariance of a head's outputs over all its queries converge like <i>n</i><sup>−β</sup>, "
-        "where β depends on the coupling Ψ = <i>H</i>². The slowest is {}, with <i>H</i> = {}: β = {:.3f} for Gaussian "
-        "tokens, at least {} by the reported theorem.</p>"
-    ).format(
-        _name(slowest),
-        _number(slowest["horizon"]),
-        slowest["exponent_sharp"],
-        _number(slowest["exponent_reported"]),
-    )
-
-
-def _name(head: pd.Series) -> str:
-    return f"layer {head['layer']}, head {head['head']}"
-
-
-def caveats(table: pd.DataFrame, meta: dict) -> list[Markup]:
-    """What the numbers do not say, as sentences of HTML."""
-    tokens, queries = meta["tokens"], min(meta["queries"], meta["tokens"])
-    found = [
-        Markup(
-            "<b>Budgets and phases assume Gaussian logits.</b> Then a share <i>e</i><sup>−<i>s</i>²</sup> of many "
-            "tokens is effective. On real heads of load above 2 the measured share is often far higher, so a budget "
-            "ranks heads; it does not bound what they need. {}"
-        ).format(_measured_share(table, meta)),
-        Markup(
-            "<b>The covariance stands in for the sub-Gaussian matrix</b> that a bound would want, so horizons, "
-            "couplings and loads describe these tokens and are not constants of a theorem. The same holds for the "
-            "exponents."
-        ),
-        Markup(
-            "<b>Tokens are pooled.</b> They were computed in windows of {} tokens, and the queries attend to all {:,} "
-            "of them. The model itself looks at its own context only."
-        ).format(meta["context"], tokens),
-        Markup(
-            "<b>Medians are over {:,} queries</b> drawn at random; a share of the queries has larger loads (column "
-            "5–95%)."
-        ).format(queries),
-    ]
-    return found + _of_positions(table, tokens)
-
-
-def _of_positions(table: pd.DataFrame, tokens: int) -> list[Markup]:
-    """Caveats of heads that do not see all tokens, or see where they are."""
-    found = []
-    if table["causal"].any():
-        found.append(
-            Markup(
-                "<b>These heads are causal.</b> A query at position <i>i</i> sees <i>i</i> keys: read <i>n</i> as the "
-                "number of earlier tokens. Phases and effective tokens are those of a query that sees all of the {:,} "
-                "pooled tokens."
-            ).format(tokens)
-        )
-    if "window" in table:
-        found.append(
-            Markup(
-                "<b>Some heads read a sliding window.</b> Their queries see no more keys than column window says: "
-                "phases and effective tokens are those of so many, and heads.csv leaves larger numbers of keys empty."
-            )
-        )
-    if f"horizon_{DISTANCES[0]}" in table:
-        found.append(
-            Markup(
-                "<b>Positions are rotary</b>, so logits depend on the distance between query and key. Maps, phases and "
-                "effective tokens are those at distance 0; the table gives horizon and load at distances {} too."
-            ).format(" and ".join(f"{distance:,}" for distance in DISTANCES))
-        )
-    return found
-
-
-def _measured_share(table: pd.DataFrame, meta: dict) -> Markup:
-    loaded = table[table["load_median"] > 2]
-    if loaded.empty:
-        return Markup("No median load here is above 2.")
-    with np.errstate(over="ignore"):  # infinite then
-        ratio = _each(_effective, loaded, meta) / _each(_keys, loaded, meta) * np.exp(loaded["load_median"] ** 2)
-    heads = "the one head" if len(loaded) == 1 else f"the {len(loaded)} heads"
-    least = "" if len(loaded) == 1 else "at least "
-    return Markup("Here, on {} of median load above 2, it is {}{} times <i>e</i><sup>−<i>s</i>²</sup>.").format(
-        heads, least, _number(ratio.min())
-    )
-
-
-# ---- the page ----
-
-
-def _number(value: float) -> str:
-    """Three digits, as HTML: 0.341, 12.3, 1,230, 4.56 × 10¹² (not broken)."""
-    if math.isinf(value):
-        return "∞"
-    if value == 0 or 1e-4 <= abs(value) < 9_995_000:
-        rounded = float(f"{value:.3g}")
-        return f"{rounded:,.0f}" if abs(rounded) >= 100 else f"{value:#.3g}"
-    digits, exponent = f"{value:.2e}".split("e")
-    return Markup("{}&nbsp;×&nbsp;10<sup>{}</sup>").format(digits, int(exponent)).replace("-", "−")
-
-
-def _columns(table: pd.DataFrame, meta: dict) -> dict[str, Callable[[pd.Series], str]]:
-    """Headings of the table of heads, and what fills a cell."""
-
-    def plain(name: str) -> Callable[[pd.Series], str]:
-        return lambda head: _number(head[name])
-
-    found: dict[str, Callable[[pd.Series], str]] = {
-        "layer": lambda head: str(head["layer"]),
-        "head": lambda head: str(head["head"]),
-        "horizon": plain("horizon"),
-        "median load": plain("load_median"),
-        "5–95%": lambda head: Markup("{} – {}").format(_number(head["load_05"]), _number(head["load_95"])),
-        "effective": lambda head: _number(_effective(head, meta)),
-        "phase": lambda head: Markup('<span class="{0}">{0}</span>').format(head["phase"]),
-        "not frozen beyond": plain("tokens_unfrozen"),
-        "1/√n beyond": plain("tokens_clt"),
-        "10% at": plain("tokens_10_percent"),
-        "β": lambda head: f"{head['exponent_sharp']:.3f}",
-    }
-    if "window" in table:
-        found["window"] = lambda head: "" if math.isnan(head["window"]) else f"{head['window']:,.0f}"
-    for distance in DISTANCES:
-        if f"horizon_{distance}" in table:
-            found[f"horizon at {distance:,}"] = plain(f"horizon_{distance}")
-            found[f"load at {distance:,}"] = plain(f"load_median_{distance}")
-    return found
-
-
-def _picture(name: str, table: pd.DataFrame, meta: dict) -> dict[str, str]:
-    """A figure of the page: `alt`, its image for light screens and, of a map, that for dark ones."""
-    alt, draw = FIGURES[name]
-    found = {"alt": alt, "light": _data(_draw(table, meta, draw)), "dark": ""}
-    if name != "phases":
-        # Turned around, the colours of a map would say the opposite: only its text turns light.
-        found["dark"] = _data(_draw(table, meta, draw, ink=LIGHT_INK))
-    return found
-
-
-def _data(image: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(image).decode()
-
-
-def _facts(table: pd.DataFrame, meta: dict) -> dict[str, tuple[str, str]]:
-    """What was probed, each with the beginning of its checksum, where one is known."""
-    layers = sorted(table["layer"].unique())
-    run = 1 < len(layers) == layers[-1] - layers[0] + 1
-    span = f"{layers[0]}–{layers[-1]}" if run else ", ".join(map(str, layers))
-    versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
-    facts = {
-        "model": meta["model"],
-        "text": meta["text"],
-        "heads": f"{len(table)}, in {'layers' if len(layers) > 1 else 'layer'} {span}",
-        "tokens": f"{meta['tokens']:,}, in windows of {meta['context']}",
-        "queries": f"{min(meta['queries'], meta['tokens']):,}, drawn with seed {meta['seed']}",
-        "device": meta["device"],
-        "made": meta["created"].replace("T", " ").replace("+00:00", " UTC") + " with " + versions,
-    }
-    return {name: (value, (meta.get(f"{name}_sha256") or "")[:12]) for name, value in facts.items()}
-
-
-def page(table: pd.DataFrame, meta: dict) -> str:
-    """The page, as HTML with its figures inside; arguments as for `write`."""
-    found, columns = table["phase"].value_counts(), _columns(table, meta)
-    return TEMPLATES.get_template("page.html.j2").render(
-        meta=meta,
-        facts=_facts(table, meta),
-        tokens=f"{meta['tokens']:,}",
-        or_window=_or_window(table),
-        counts={name: found.get(name, 0) for name in PHASES},
-        named=", ".join(f"{head['layer']}.{head['head']}" for _, head in hardest(table).iterrows()),
-        pictures={name: _picture(name, table, meta) for name in FIGURES},
-        reading=reading(table, meta),
-        caveats=caveats(table, meta),
-        columns=list(columns),
-        rows=[[cell(head) for cell in columns.values()] for _, head in table.iterrows()],
-    )
+def _size(made: dict) -> str:
+    """How much of a text a probe read, as its plan has it."""
+    if "tokens" in made:
+        return f"{made['tokens']} tokens"
+    return f"{made.get('windows')} windows of {made.get('context')} tokens"
