@@ -34,6 +34,7 @@ MODULES_ELSEWHERE = {
     "checkpoint_files": "reads files",
     "checkpoints": "reads and writes files",
     "cli": "takes the words of a command line",
+    "compare": "reads what probes wrote",
     "context": "takes models",
     "context_figures": "draws",
     "context_page": "writes pages",
