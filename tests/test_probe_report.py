@@ -1,4 +1,4 @@
-"""The report of a probe: its page, report.json, the first screen in words."""
+"""The report of a probe: its page, report.json, the first screen in words; and two probes compared."""
 
 import json
 import re
@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tokcx_lib import records
+from tokcx_lib import cli, records
 from tokcx_lib.models import loading
-from tokcx_lib.probe import context_page, pages, pooled_page, probe, report, summary
+from tokcx_lib.probe import compare, context_page, pages, pooled_page, probe, report, summary
 from tokcx_lib.probe.policies import POLICIES
 
 ROOT = Path(__file__).parents[1]
@@ -275,3 +275,68 @@ def test_every_template_is_part_of_a_wheel():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     there = sorted(path.name for path in Path(report.__file__).parent.glob("*.j2"))
     assert declared == {"tokcx_lib.probe": there} and len(there) == 4
+
+
+# ---- two probes ----
+
+
+@pytest.fixture
+def wrote(tmp_path, monkeypatch):
+    """Write the report of a probe into a folder, without figures."""
+    monkeypatch.setattr(pages, "drawn", lambda *arguments, **options: b"png")
+
+    def write(name, table, meta):
+        report.write(table, meta, tmp_path / name)
+        return tmp_path / name
+
+    return write
+
+
+def test_two_probes_side_by_side(wrote, capsys):
+    table = in_context()
+    table.loc[5, ["load", "keys_first_latest"]] = 8.0, 61.0
+    table.loc[2, "load"] = 2.4
+    a, b = wrote("a", in_context(), CONTEXT), wrote("b", table, CONTEXT | {"error": 0.2, "text": "u"})
+    found = compare.compare(a, b / "report.json")
+    assert list(found) == ["a", "b"] and found.loc["cache_own"].tolist() == pytest.approx([0.13, 0.13025])
+    assert found.loc["load, median"].tolist() == [3.25, 3.25] and found.loc["keys_first_latest, every", "a"] == 400
+    changed = compare.changed(a, b)
+    loads = changed[changed["quantity"] == "load"]
+    assert loads[["layer", "head", "a", "b"]].to_numpy().tolist() == [[1, 1, 4.0, 8.0], [0, 2, 2.5, 2.4]]
+    assert changed["quantity"].tolist() == ["load", "load", "keys_first_latest"]
+    assert compare.differing(a, b) == {"text": ("t", "u"), "error": (0.1, 0.2)}
+
+    assert cli.main(["compare", str(a), str(b)]) == 0
+    said = capsys.readouterr().out
+    assert "another error: 0.1 and 0.2" in said and "not to be compared" in said and "1.1 from 4 to 8" in said
+    other = wrote("c", table[table["layer"] == 0], CONTEXT)
+    assert cli.main(["compare", str(a), str(other)]) == 0
+    assert "distributions only" in capsys.readouterr().out
+    pool = wrote("d", pooled(), POOLED)
+    assert compare.compare(pool, pool).loc["tokens_10_percent, median"].tolist() == [5000.0, 5000.0]
+    assert compare.changed(pool, pool).empty
+
+
+@pytest.mark.parametrize(
+    "content, named",
+    [
+        (None, "b: expected the folder of a probe, with its report.json, got"),
+        ("{", "b: .*report.json cannot be read"),
+        ('{"schema": 2}', "b: .*report.json: schema: expected 1, got 2"),
+        ('{"schema": 1}', "b: .*report.json lacks probe, summary, heads"),
+        (
+            '{"schema": 1, "probe": {}, "summary": {"sample": "context"}, "heads": [{"layer": 0, "head": 0}]}',
+            "schema 1",
+        ),
+        ("pooled", "a, b: expected two probes in context or two pooled ones, got context and pooled"),
+    ],
+)
+def test_what_cannot_be_compared_ends_in_one_line(content, named, wrote, tmp_path, capsys):
+    a, b = wrote("a", in_context(), CONTEXT), wrote("b", pooled(), POOLED)
+    if content is None:
+        (b / "report.json").unlink()
+    elif content != "pooled":
+        (b / "report.json").write_text(content)
+    assert cli.main(["compare", str(a), str(b)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(named, line)

@@ -1,4 +1,4 @@
-"""The command line: ``tokcx probe``, ``predict``, ``run``, ``verify``, ``bench`` and ``--version``.
+"""The command line: ``tokcx probe``, ``compare``, ``predict``, ``run``, ``verify``, ``bench`` and ``--version``.
 
 Bad input ends with one line on standard error and exit code 2.
 """
@@ -75,6 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     probe.add_argument("--force", action="store_true", help="replace what another probe left in that folder")
     probe.set_defaults(action=_probe)
+
+    compare = actions.add_parser("compare", help="two probes side by side, and the heads that changed most")
+    compare.add_argument("a", type=Path, metavar="A", help="the folder of a probe, or its report.json")
+    compare.add_argument("b", type=Path, metavar="B", help="that of the other")
+    compare.set_defaults(action=_compare)
 
     predict = actions.add_parser("predict", help="what the exact law says of a load, or of a horizon")
     predict.add_argument("--load", type=_number, help="standard deviation of a query's logits")
@@ -230,6 +235,12 @@ def _pooled_columns(table):
         names |= {"window": "window"}
     names |= {name: name.replace("effective_", "eff@") for name in effective}
     return table[list(names)].rename(columns=names)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from tokcx_lib.probe import compare
+
+    print(*compare.lines(options.a, options.b), sep="\n")
 
 
 def _predict(options: argparse.Namespace) -> None:
