@@ -239,13 +239,20 @@ def test_faults_of_any_kind_end_in_one_line(fault, tmp_path):
         loading.load_model(tmp_path)
 
 
-def test_sizes_of_a_model_inside_are_looked_at(tmp_path):
-    for kind in ("gemma3", "t5gemma"):
-        saved(whole(kind), tmp_path / kind)
-        path = tmp_path / kind / "config.json"
-        path.write_text(path.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 1000000000'))
-        with refused("num_hidden_layers.*1000000000"):
-            loading.load_model(tmp_path / kind)
+@pytest.mark.parametrize("kind", ["gemma3", "t5gemma"])
+def test_sizes_of_a_model_inside_are_looked_at(kind, tmp_path):
+    path = saved(whole(kind), tmp_path) / "config.json"
+    path.write_text(path.read_text().replace('"intermediate_size": 32', '"intermediate_size": 1000000000000'))
+    with pytest.raises(ValueError, match="^model: expected intermediate_size of up to 16777216, got 1000000000000$"):
+        loading.load_model(tmp_path)
+
+
+@pytest.mark.skipif(OLD, reason="transformers came to it later")
+def test_sizes_that_differ_from_layer_to_layer_are_left_to_the_model():
+    config = AutoConfig.for_model("gemma4_text")
+    with pytest.raises(RuntimeError, match="per-layer attribute"):
+        _ = config.head_dim
+    architectures.require_sizes(config)
 
 
 def test_masks_of_old_versions_are_no_weights_left_over(tmp_path):
@@ -338,9 +345,11 @@ def test_a_model_in_memory_is_taken_as_it_is(in_training):
 
 def test_dropout_is_off_while_a_model_is_read_and_on_again_after():
     model = bilinear("bert", "ForMaskedLM").train()
+    drawn = torch.get_rng_state()
     taken = loading.text_model(model, letter_tokenizer("bert"))
     streams = [torch.cat([part for (part,) in layer_streams(taken, np.arange(5, 25), [1], 40)]) for _ in range(2)]
     assert torch.equal(*streams) and model.training and taken.model.encoder.layer[0].training
+    assert torch.equal(torch.get_rng_state(), drawn)
     with pytest.raises(RuntimeError), loading.evaluating(model):
         assert not any(module.training for module in model.modules())
         raise RuntimeError
