@@ -148,10 +148,10 @@ def test_counts_are_read_however_people_write_them(text, number):
 
 
 def test_errors_of_one_and_more_are_reached_where_the_law_says(capsys):
-    assert "relative error 2 at   n = 1\n" in end(predict("--load", "3", "--error", "2"), capsys)[1]
-    assert "relative error 2 at   n = 26\n" in end(predict("--load", "0.1", "--error", "2"), capsys)[1]
+    assert "relative error 2 (root mean square) at n = 1\n" in end(predict("--load", "3", "--error", "2"), capsys)[1]
+    assert "relative error 2 (root mean square) at n = 26\n" in end(predict("--load", "0.1", "--error", "2"), capsys)[1]
     # Far below the rounding of the second moment: (1 + s^2) e^{s^2} / n of s^2.
-    assert "relative error 1.65e-22," in end(predict("--load", "10", "--tokens", "1e87"), capsys)[1]
+    assert "relative error 1.65e-22 (root mean square)," in end(predict("--load", "10", "--tokens", "1e87"), capsys)[1]
 
 
 def test_another_probe_is_not_overwritten_unless_forced(quick, capsys, tmp_path):
