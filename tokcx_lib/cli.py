@@ -211,6 +211,7 @@ def _probe_into(options: argparse.Namespace) -> None:
     print(f"{options.model} on {corpus.name}: {read.format(**meta)}, device: {model.model.device}")
     shown = _pooled_columns(table) if options.tokens else _context_columns(table)
     print(shown.to_string(index=False, float_format=lambda number: f"{number:.4g}"))
+    print("", *report.sentences(table, meta), sep="\n")
     if options.out:
         paths = report.write(table, {**meta, **records.provenance(model.model.device)}, options.out)
         discard(checkpoint)
