@@ -76,9 +76,8 @@ def _law_sentence(table: pd.DataFrame) -> str:
     if not said:
         return ""
     return (
-        "Dashed: what the exact law of Gaussian logits predicts for drawn keys from the measured loads, with nothing "
-        "fitted, up to a quarter of the keys. Measured over predicted, the median head and 80% of the heads: "
-        f"{'; '.join(said)}."
+        "Dashed: what the exact law of as many Gaussian keys predicts for those drawn, from the measured loads, with "
+        f"nothing fitted. Measured over predicted, the median head and 80% of the heads: {'; '.join(said)}."
     )
 
 
@@ -169,8 +168,8 @@ def caveats(table: pd.DataFrame, meta: dict) -> list[Markup]:
             "the best order for every head: of one that averages, the keys of largest weight are a biased sample. {}"
         ).format(_beaten(table)),
         Markup(
-            "<b>Drawn keys come from this finite past</b>, without replacement, and the error is the distance to the "
-            "output over that past. Beyond a quarter of it the errors fall faster than any law of endless tokens says."
+            "<b>Errors are distances to the output over this finite past</b>, not to a limit: they end at 0 where all "
+            "of it is read, and keys are drawn without replacement. Of a longer past more keys may be needed."
         ),
         Markup(
             "<b>Loads, weights and budgets are those of these queries:</b> {}, in {} of this text. Other texts and "

@@ -154,8 +154,8 @@ def intervals_sentence(meta: dict) -> str:
     windows = meta["windows"]
     if windows < 2:
         return "One window was read, so there are no intervals: more windows (--windows) give them."
-    few = ", and wide because these are few" if windows < 5 else ""
-    return f"In brackets: the 95% interval of the head at that place, over {windows} windows{few}."
+    few = "; it is wide where windows are few" if windows < 5 else ""
+    return f"With each its 95% interval over {windows} windows, that of the head at that place{few}."
 
 
 def cache_sentence(found: dict) -> str:
