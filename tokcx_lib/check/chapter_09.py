@@ -175,19 +175,32 @@ CHECKS = {
     "ex-exact-most": Parts(
         most=Numbers(
             lambda: 2 * _loads()[64] ** 2 / math.log(10),
-            "Which of the two budgets? Sort the loads; the phase is reached by the smallest loads first.",
+            "Which of the three budgets? Sort the loads; the phase is reached by the smallest loads first.",
             misses=[
-                (2.41, "That thaws them; the other budget is asked."),
+                (2.41, "That thaws them; another budget is asked."),
+                (7.22, "That is the budget of the mean square; the typical error is asked."),
                 (22.17, "That is the natural logarithm."),
+            ],
+            atol=0.06,
+            rtol=0,
+        ),
+        square=Numbers(
+            lambda: 3 * _loads()[64] ** 2 / 2 / math.log(10),
+            "Which of the three budgets? The same head as before decides.",
+            misses=[
+                (2.41, "That thaws them; another budget is asked."),
+                (9.63, "That is the budget of the typical error; the mean square is asked."),
+                (16.63, "That is the natural logarithm."),
             ],
             atol=0.06,
             rtol=0,
         ),
         last=Numbers(
             lambda: _loads()[-1] ** 2 / 2 / math.log(10),
-            "Which of the two budgets? The largest load decides.",
+            "Which of the three budgets? The largest load decides.",
             misses=[
-                (221.1, "That is the budget of errors like 1/sqrt(n)."),
+                (221.1, "That is the budget of a typical error like 1/sqrt(n)."),
+                (165.8, "That is the budget of a mean square error like 1/n."),
                 (127.3, "That is the natural logarithm."),
             ],
             atol=0.1,

@@ -82,7 +82,7 @@ def query_exponent(reduced, kind: str = "mean_square") -> np.ndarray:
     typical = as_choice("kind", kind, ("typical", "mean_square")) == "typical"
     edge, inside = (0.5, np.minimum(sigma, 1)) if typical else (3**-0.5, np.clip(sigma, 0.5, 1))
     rare = (1 - inside) ** 2 if typical else (1 - inside**2) ** 2 / (8 * inside**2)
-    return np.where(sigma <= edge, 0.5 - sigma**2, rare)
+    return np.where(sigma <= edge, 0.5 - np.minimum(sigma, edge) ** 2, rare)
 
 
 def phase(load: float, tokens: float) -> str:
