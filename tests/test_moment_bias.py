@@ -4,6 +4,7 @@ import math
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from tokcx_lib import records, runtime
 from tokcx_lib.cli import main
 from tokcx_lib.sampling.forms import random_head
 from tokcx_lib.sampling.streaming import self_attention_moments
+from tokcx_lib.sampling.sweeps import leave_one_out
 from tokcx_lib.studies import exact, one_query
 from tokcx_lib.theory import budgets, moment_bias, rates
 from tokcx_lib.theory.softmax_law import map_error, softmax_moments
@@ -153,6 +155,10 @@ def test_tables_beside_the_records():
     table = exact.against_measured(few).set_index("quantity")
     assert (abs(table["measured"] / table["exact"] - 1) < 0.02).all()
     assert table.loc["cov", "exact"] < 0.6 * table.loc["second", "exact"]  # the shared keys
+    rng = np.random.default_rng(43)  # a mean of norm 1, known from 50 replicates: the norm's error is that of a mean
+    drawn = np.array([1.0, 0.0])[:, None] + 0.3 * rng.standard_normal((2000, 2, 50))
+    norms = [exact.norm_of_mean(pd.Series(leave_one_out(part.T))) for part in drawn]
+    assert np.mean([error for _, error in norms]) == pytest.approx(np.std([norm for norm, _ in norms]), rel=0.1)
     sweep = exact.over_the_sweep(records.load("gaussian_horizon"), 1)
     assert sweep["score"].abs().max() < 4
 
@@ -314,7 +320,6 @@ def test_predict(capsys):
 
 
 def test_phase_diagram():
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from tokcx_lib import plots

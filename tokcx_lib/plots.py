@@ -161,7 +161,7 @@ def phase_diagram(
     level = tokens[0] * (tokens[1] / tokens[0]) ** 0.93
     clt, unfrozen = np.sqrt(np.log(level) / 2), np.sqrt(2 * np.log(level))
     for low, high, tint, text in (
-        (loads[0], clt, averaging, "errors like\n" + r"$1/\sqrt{n}$"),
+        (loads[0], clt, averaging, "typical error\nlike " + r"$1/\sqrt{n}$"),
         (clt, unfrozen, extremal, "few tokens\ndecide"),
         (unfrozen, loads[1], frozen, "frozen"),
     ):

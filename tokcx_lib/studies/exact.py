@@ -168,9 +168,13 @@ def against_measured(record) -> pd.DataFrame:
 
 
 def norm_of_mean(dots) -> tuple[float, float]:
-    """Norm of a mean matrix and its standard error, from unbiased estimates of its square (`sweeps.leave_one_out`)."""
+    """Norm of a mean matrix and its standard error, from unbiased estimates of its square (`sweeps.leave_one_out`).
+
+    The mean of these is a sum over pairs of replicates, each of which is in two of its factors: its standard error is
+    twice that of as many independent numbers.
+    """
     norm = math.sqrt(dots.mean())
-    return norm, dots.sem() / (2 * norm)
+    return norm, dots.sem() / norm
 
 
 def over_the_sweep(record, count: int = 5) -> pd.DataFrame:
@@ -187,8 +191,8 @@ def over_the_sweep(record, count: int = 5) -> pd.DataFrame:
         for n, dots in of_head.groupby("n")["second_dot"]:
             bias = moment_bias.second_moment_bias(n, head["horizon"] * form, V)
             row = {"horizon": head["horizon"], "load": head["root_mean_square_load"], "n": n}
-            row |= {"exact": torch.linalg.matrix_norm(bias).item(), "square": dots.mean(), "error": dots.sem()}
-            rows.append(row | {"score": (dots.mean() - row["exact"] ** 2) / dots.sem()})
+            row |= {"exact": torch.linalg.matrix_norm(bias).item(), "square": dots.mean(), "error": 2 * dots.sem()}
+            rows.append(row | {"score": (row["square"] - row["exact"] ** 2) / row["error"]})
     return pd.DataFrame(rows)
 
 
