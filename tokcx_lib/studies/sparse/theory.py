@@ -1,7 +1,8 @@
 """What theory says of sparse attention: exact laws where there are any, first-order errors elsewhere (chapter 11).
 
 Whitened Gaussian keys of dimension d, with values equal to keys, and a query of load s, unless said otherwise. First
-order means: with the sum of the weights of the keys read at its mean; right in mean square for budgets beyond e^{3 s^2/2}.
+order means: with the sum of the weights of the keys read at its mean, which is right in mean square for budgets beyond
+e^{3 s^2/2}.
 """
 
 from __future__ import annotations
