@@ -28,11 +28,12 @@ from tokcx_lib.models.checkpoint_files import (
     reading,
     refusal,
     require_files,
+    require_finite_weights,
     require_weights,
     weight_files,
 )
 from tokcx_lib.models.text_parts import require_text, text_part, without_cache
-from tokcx_lib.validation import FLOATS, as_choice, as_dtype, require_finite, shown
+from tokcx_lib.validation import as_choice, as_dtype, require_finite, shown
 
 EMBEDDED = "minilm"  # all-MiniLM-L6-v2, a BERT of 6 layers x 12 heads
 LANGUAGE = "smollm2"  # SmolLM2-135M-Instruct, a Llama of 30 layers x 9 heads, weights rounded to 4 bits
@@ -212,8 +213,7 @@ def text_model(model: nn.Module, tokenizer) -> TextModel:
     for key, weight in part.state_dict().items():
         if weight.is_meta:
             raise refusal("weights in memory", name, f"{key} is elsewhere")
-        if weight.dtype in FLOATS and not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
-            raise refusal("finite weights", name, f"NaN or infinity in {key}")
+    require_finite_weights(part, name)
     found = TextModel(name, part, _unbounded(getattr(tokenizer, "tokenizer", tokenizer), name), _digest(part))
     _require_running(found, name)
     return found
@@ -241,7 +241,8 @@ def as_text_model(value, tokenizer=None, device=None, dtype=None) -> TextModel:
     if isinstance(value, TextModel):
         found = value
     else:
-        found = text_model(getattr(value, "model", value) if own is not None else value, tokenizer or own)
+        given = own if tokenizer is None else tokenizer
+        found = text_model(value if own is None else getattr(value, "model", None), given)
     if None not in (tokenizer, own) and tokenizer is not own:
         raise ValueError(f"tokenizer: expected none with a {type(value).__name__}, which has one, got another")
     if device is not None and not _same_device(runtime.device(device), there := found.model.device):
