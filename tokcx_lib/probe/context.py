@@ -11,7 +11,6 @@ torchrun the windows are dealt out to the ranks.
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from tokcx_lib import checkpoints, records, runtime
 from tokcx_lib.models import architectures
 from tokcx_lib.models.capture import Attention, capture
 from tokcx_lib.models.loading import TextModel, evaluating
+from tokcx_lib.models.text_parts import without_cache
 from tokcx_lib.probe.policies import POLICIES, jackknife, keys_needed, lengths_up_to, whole
 from tokcx_lib.probe.predictions import drawn_errors
 from tokcx_lib.probe.queries import layer_notes
@@ -113,9 +113,7 @@ def _read(model, ids, text: range, queries: int, layers, keys, bar) -> dict[str,
     began = time.monotonic()
     with evaluating(model), torch.inference_mode(), capture(model, read):
         try:
-            # A decoder would keep the keys and values of every layer for a continuation that never comes.
-            options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-            model(torch.tensor([ids], device=device), **options)
+            model(torch.tensor([ids], device=device), **without_cache(model))
         except _Reached:
             pass
     if layers is not None and (missing := sorted(set(layers) - set(noted))):
