@@ -83,7 +83,7 @@ def lines(a: str | Path, b: str | Path) -> list[str]:
     """What `tokcx compare` prints; arguments and errors as for `compare`."""
     table, other, heads = compare(a, b), differing(a, b), changed(a, b)
     said = [f"a: {a}", f"b: {b}"]
-    said += [f"another {name}: {_short(one)} and {_short(two)}" for name, (one, two) in other.items()]
+    said += [f"another {name}: {_short(name, one)} and {_short(name, two)}" for name, (one, two) in other.items()]
     if "error" in other:
         said += ["budgets are for these errors, and not to be compared"]
     said += ["", *table.to_string(float_format=_number, na_rep="–").splitlines(), ""]
@@ -95,8 +95,13 @@ def lines(a: str | Path, b: str | Path) -> list[str]:
     return said
 
 
-def _short(value) -> str:
-    return f"{value:,}" if isinstance(value, int) else "none" if value is None else shown(value).strip("'")
+def _short(name: str, value) -> str:
+    """A value of the question; of a checksum its beginning."""
+    if value is None:
+        return "none"
+    if name.endswith("_sha256"):
+        return value[:12]
+    return f"{value:,}" if isinstance(value, int) else shown(value).strip("'")
 
 
 def _number(value: float) -> str:

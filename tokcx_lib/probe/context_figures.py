@@ -30,11 +30,11 @@ HUES = dict(zip(POLICIES, plots.PALETTE))
 def figures(table: pd.DataFrame) -> dict[str, Picture]:
     """The figures that a table has the numbers for, by the names of their files."""
     found = {"phases": Picture(_PHASES_ALT, _phases)}
-    if numbers(table, "error_drawn"):
+    if len(numbers(table, "error_drawn")) > 1:
         found["errors"] = Picture(_ERRORS_ALT, _errors)
     if looks_back(table):
         found["growth"] = Picture(_GROWTH_ALT, _growth)
-    for name, (column, title, what) in _MAPS.items():
+    for name, (column, title, what) in _maps(table).items():
         alt = f"Heat map of {what} of every head, layers down and heads across."
         found[name] = Picture(alt, partial(_map, column=column, title=title), map=True)
     return found
@@ -182,13 +182,16 @@ def _growth(table: pd.DataFrame, meta: dict) -> Figure:
 
 # ---- maps ----
 
-# Name of the file: the column, the title, and what it is in words.
-_MAPS = {
-    "load": ("load", "load $s$", "the median load"),
-    "effective": ("effective", "effective tokens", "the median number of effective tokens"),
-    "first": ("share_first", "weight on first position", "the share of the weight that is on the first position"),
-    "budget": ("keys_first_latest", "keys, first + latest", "the number of first and latest keys that are needed"),
-}
+
+def _maps(table: pd.DataFrame) -> dict[str, tuple[str, str, str]]:
+    """By the name of the file: the column, the title, and what it is in words."""
+    near = "latest" if looks_back(table) else "nearest"
+    return {
+        "load": ("load", "load $s$", "the median load"),
+        "effective": ("effective", "effective tokens", "the median number of effective tokens"),
+        "first": ("share_first", "weight on first position", "the share of the weight on the first position"),
+        "budget": ("keys_first_latest", f"keys, first + {near}", f"the number of first and {near} keys needed"),
+    }
 
 
 def _map(table: pd.DataFrame, meta: dict, column: str, title: str) -> Figure:

@@ -114,7 +114,7 @@ def percent(share: float) -> str:
     """A share as a reader wants it: 31%, 5.7%, below 0.1%."""
     if share >= 0.0995 or share == 0:
         return f"{100 * share:.0f}%"
-    return f"{100 * share:.1f}%" if share >= 0.0005 else "< 0.1%"
+    return f"{100 * share:.1f}%" if share >= 0.0005 else "<0.1%"
 
 
 def keys_in_words(budget: dict) -> str:
