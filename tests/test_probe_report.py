@@ -219,6 +219,7 @@ def test_whatever_a_table_lacks_its_page_is_whole(case, tmp_path, monkeypatch):
         table["window"] = [*4 * [50.0], *4 * [np.nan]]
         table.loc[:3, "keys"] = 50.0
         table.loc[:3, ["error_latest_256", "error_heaviest_256"]] = 0.0
+        table.loc[:3, ["load_64", "effective_64", "load_256", "effective_256", "law_64"]] = np.nan
     elif case == "a short context":
         table = table[[name for name in table if not re.search(r"_(64|256)$", name)]].assign(keys=60.0)
     elif case == "a frozen head":
