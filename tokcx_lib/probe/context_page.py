@@ -15,8 +15,8 @@ from tokcx_lib.probe.policies import POLICIES
 
 HARDEST = 5  # heads that are named, by budget and by load
 PHASES = {
-    "averaging": "many keys share the attention, and errors of drawn keys fall like 1/√n",
-    "extremal": "the few keys with the largest logits decide, and errors fall more slowly than 1/√n",
+    "averaging": "many keys share the attention, and typical errors of drawn keys fall like 1/√n",
+    "extremal": "the few keys with the largest logits decide, and typical errors fall more slowly than 1/√n",
     "frozen": "one key or a handful take almost all of the attention, and more keys still change which",
 }
 
