@@ -369,8 +369,8 @@
       const words = (text, load, n) =>
         make(map.ground, "text", { x: map.x(load), y: map.y(n), "text-anchor": "middle" }, text);
       words(PHASES[0].label, 0.45, 4e7);
-      // Halfway between the budgets, where the contour does not pass.
-      PHASES[1].label.split(" ").forEach((word, i) => words(word, Math.sqrt(Math.log(900 / 3.5 ** i)), 900 / 3.5 ** i));
+      // Between the budgets of the mean square and of thawing, where the contour does not pass.
+      PHASES[1].label.split(" ").forEach((word, i) => words(word, 1.12 * Math.sqrt(Math.log(900 / 3.5 ** i)), 900 / 3.5 ** i));
       words(PHASES[2].label, 4.8, 60);
     }
 
