@@ -182,6 +182,16 @@ def test_the_second_gaussian_identity(n, load):
         assert abs(claim(5) - bias) > 1e-3 * abs(bias) < abs(claim(6, 0.9) - bias)
 
 
+@pytest.mark.parametrize("load", [3.0, 9.0, 10.0, 16.0])
+@pytest.mark.parametrize("factor", [1.0, 1.5, 2.0])
+def test_both_identities_give_the_mean_square_error(load, factor):
+    """(1 + s^2) P - 6 s^2 E[P_3 - P_2^2] by plain sums, also where a difference of moments has no digit left."""
+    n = math.exp(factor * load**2)
+    weights = one_query.weight_powers(n, load)
+    square = (1 + load**2) * weights.second - 6 * load**2 * (weights.third - weights.second_squared)
+    assert square == pytest.approx(float(map_error(n, load)), rel=1e-7, abs=0)
+
+
 def test_weight_powers_by_enumeration():
     weights = torch.softmax(2.0 * torch.randn(40_000, 5, generator=runtime.stream(40), dtype=torch.float64), 1)
     second, third = weights.square().sum(1), weights.pow(3).sum(1)

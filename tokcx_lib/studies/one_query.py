@@ -87,7 +87,7 @@ def weight_powers(n: float, load: float) -> WeightPowers:
     n, load = as_number("n", n, 1, MOST_TOKENS), as_number("load", load, 1e-3, MOST_LOAD)
     outermost = math.sqrt(2 * (math.log(n) + 46))
     step = min(0.25, 0.25 / load)
-    y = step * np.arange(-math.ceil(10 / step), math.ceil(max(outermost, load + 10) / step) + 1)
+    y = step * np.arange(-math.ceil(10 / step), math.ceil(max(outermost, 2 * load + 10) / step) + 1)
     log_density = math.log(step) - math.log(2 * math.pi) / 2 - y**2 / 2
     x = np.arange(-max(math.log(n) + load**2 / 2, load * outermost) - 20, 9.5 * load + 4.5, 0.25)
     u = x[:, None] + load * y
@@ -95,7 +95,7 @@ def weight_powers(n: float, load: float) -> WeightPowers:
     two, three, four = (np.exp(k * u - e + log_density).sum(1) for k in (2, 3, 4))
     rest, phi = -np.expm1(-e) @ np.exp(log_density), np.exp(-e) @ np.exp(log_density)
     log_phi = np.where(rest < 0.5, np.log1p(-np.minimum(rest, 0.5)), np.log(np.maximum(phi, 1e-300)))
-    one, pair = (np.exp((n - k) * log_phi) for k in (1, 2))
-    pairs = n * (n - 1) * two**2 * pair
+    one, half = np.exp((n - 1) * log_phi), np.exp((n / 2 - 1) * log_phi)
+    pairs = (1 - 1 / n) * (n * two * half) ** 2
     whole = [n * two @ one, n * three @ one / 2, (n * four @ one + pairs.sum()) / 6]
     return WeightPowers(*(0.25 * float(part) for part in whole))
