@@ -182,7 +182,7 @@ def test_the_second_gaussian_identity(n, load):
         assert abs(claim(5) - bias) > 1e-3 * abs(bias) < abs(claim(6, 0.9) - bias)
 
 
-@pytest.mark.parametrize("load", [3.0, 9.0, 10.0, 16.0])
+@pytest.mark.parametrize("load", [3.0, 9.0, 10.0, 12.0])
 @pytest.mark.parametrize("factor", [1.0, 1.5, 2.0])
 def test_both_identities_give_the_mean_square_error(load, factor):
     """(1 + s^2) P - 6 s^2 E[P_3 - P_2^2] by plain sums, also where a difference of moments has no digit left."""

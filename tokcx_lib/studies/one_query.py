@@ -17,6 +17,7 @@ from tokcx_lib.theory.softmax_law import MOST_TOKENS
 from tokcx_lib.validation import as_count, as_number
 
 MOST_LOAD = 20.0
+MOST_SUMMED = 1e140  # tokens; with more, squares of weights underflow where nothing scales them
 LEAST_TOKENS = 100.0
 STEP = 0.05  # of the lattice of drawn tokens
 _NORMAL = 1e8  # more tokens than that at one point are counted by a normal variable
@@ -75,7 +76,7 @@ def weight_powers(n: float, load: float) -> WeightPowers:
 
     Parameters
     ----------
-    n : number of tokens, real, from 1 to 1e250; load : positive, up to 20.
+    n : number of tokens, real, from 1 to 1e140; load : positive, up to 20.
 
     Raises
     ------
@@ -84,7 +85,7 @@ def weight_powers(n: float, load: float) -> WeightPowers:
 
     Source: chapter 9.
     """
-    n, load = as_number("n", n, 1, MOST_TOKENS), as_number("load", load, 1e-3, MOST_LOAD)
+    n, load = as_number("n", n, 1, MOST_SUMMED), as_number("load", load, 1e-3, MOST_LOAD)
     outermost = math.sqrt(2 * (math.log(n) + 46))
     step = min(0.25, 0.25 / load)
     y = step * np.arange(-math.ceil(10 / step), math.ceil(max(outermost, 2 * load + 10) / step) + 1)
