@@ -147,8 +147,8 @@ def against_measured(record) -> pd.DataFrame:
 
     Columns n, horizon, quantity (`QUANTITIES`); exact and measured, norms of the mean error, and error, the standard
     error of the measured one; first, projected, along and along_error: the component of E m m' along its first order,
-    in the limit, as projected on single tokens, and measured with its standard error; own_token, the norm of what the
-    query's own token adds to the second moment.
+    in the limit, as projected on single tokens, and measured with its standard error; own_token, what the
+    query's own token adds to the norm of the second moment's.
     """
     form, V = head_of(record.meta["config"])
     rows = []
@@ -158,12 +158,12 @@ def against_measured(record) -> pd.DataFrame:
         first, projected = ((known[name] * unit).sum().item() for name in ("limit", "shared"))
         along = {"first": first, "projected": projected}
         along |= {"along": table["shared_along"].mean(), "along_error": table["shared_along"].sem()}
-        own = torch.linalg.matrix_norm(known["second"] - known["fresh"]).item()
+        own = torch.linalg.matrix_norm(known["second"]) - torch.linalg.matrix_norm(known["fresh"])
         for name in QUANTITIES:
             measured, error = norm_of_mean(table[f"{name}_dot"])
             exact = torch.linalg.matrix_norm(known[name]).item()
             row = {"n": n, "horizon": horizon, "quantity": name, "exact": exact, "measured": measured, "error": error}
-            rows.append(row | along | {"own_token": own})
+            rows.append(row | along | {"own_token": own.item()})
     return pd.DataFrame(rows)
 
 
