@@ -69,11 +69,17 @@ def imported():
     return {name: [{os.path.relpath(file, ROOT) for file in part} for part in parts] for name, parts in said.items()}
 
 
+# What `tokcx_lib.probe.probe` imports when it is called, and a chapter that imports another part of the probe does not.
+BEHIND_THE_DOOR = {f"tokcx_lib/probe/{name}.py" for name in ("question", "context", "policies", "queries")}
+BEHIND_THE_DOOR |= {"tokcx_lib/models/capture.py", "tokcx_lib/theory/drawn_keys.py"}
+
+
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_a_stamp_holds_the_modules_that_python_loads(imported, path):
     at_once, reachable = imported[path.stem]
     assert modules(path) == reachable  # what is not loaded at once, a function imports when it is called
-    assert at_once <= reachable and len(reachable - at_once) <= 2
+    later = {file for file in reachable - at_once if file not in BEHIND_THE_DOOR}
+    assert at_once <= reachable and len(later) <= 2
 
 
 @pytest.fixture

@@ -264,7 +264,7 @@ def test_the_table_has_its_rows_and_columns_in_order():
     rows = [last[37 * (i + 1) // 5 - 1] for i in range(5)]
     assert (table["keys"] == np.median(rows) + 1).all()
     assert table.notna().all(axis=None)
-    assert set(table.attrs) == {"seconds_model", "seconds_statistics"}
+    assert set(table.attrs) == {"seconds_model", "seconds_statistics", "left_out"}
 
 
 def plain_needed(lengths, squares, error):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from tokcx_lib import cli, records
 from tokcx_lib.models import loading
@@ -47,7 +48,13 @@ def in_context(windows: int = 2) -> pd.DataFrame:
         low, high = (0.5, 2.0) if windows > 1 else (np.nan, np.nan)
         table[f"keys_{policy}_low"], table[f"keys_{policy}_high"] = (table[f"keys_{policy}"] * f for f in (low, high))
     table.loc[0, "keys_drawn"] = 1000.0
+    budgets = table[[f"keys_{policy}" for policy in POLICIES]].to_numpy()
+    table.attrs["left_out"] = [(factor * budgets).tolist() for factor in (0.9, 1.1)] if windows > 1 else []
     return table
+
+
+# A number in proportion to budgets that are 0.9 and 1.1 of themselves without the one and the other window.
+REACH = np.exp(stats.t.ppf(0.975, 1) * np.std(np.log([0.9, 1.1])))
 
 
 def pooled() -> pd.DataFrame:
@@ -79,10 +86,20 @@ def test_the_numbers_of_the_first_screen():
     assert [found[name] for name in ("sample", "heads", "layers", "key_heads", "keys")] == ["context", 8, 2, 4, 1000]
     assert [found[name] for name in (*summary.PHASES, "on_first")] == [1, 5, 2, 2]  # half of the weight is not more
     half, nine, every = found["budgets"]["first_latest"].values()
-    assert half == {"keys": 40, "low": 20, "high": 80, "of": 1000, "layer": 0, "head": 3}
+    assert half == {
+        **{"keys": 40, "low": np.ceil(40 / REACH), "high": np.ceil(40 * REACH)},
+        **{"of": 1000, "layer": 0, "head": 3},
+    }
     assert (nine["keys"], every["keys"]) == (400, 400)
     # The budgets of the key heads are 20, 40, 60 and 400.
     assert found["cache_own"] == pytest.approx(520 / 4000) and found["cache_equal"] == pytest.approx(0.4)
+    ends = [found[f"cache_own_{end}"] for end in ("low", "high")]
+    assert ends == pytest.approx([520 / 4000 / REACH, 520 / 4000 * REACH]) and found["cache_equal_high"] == 1
+    groups = summary.key_heads(in_context())
+    assert list(groups["budget"]) == [20, 40, 60, 400] and list(groups["head"]) == [1, 3, 1, 3]
+    assert list(groups["high"]) == [40, 80, 120, 800]
+    once = summary.summary(in_context(1), CONTEXT | {"windows": 1})
+    assert np.isnan(once["cache_own_low"]) and np.isnan(once["budgets"]["drawn"]["half"]["high"])
 
     windowed = in_context().assign(window=[*4 * [50.0], *4 * [np.nan]])
     windowed.loc[:3, "keys"] = 50.0
@@ -97,12 +114,15 @@ def test_the_first_screen_in_plain_text():
         "At 1,100 tokens: 1 head averages over many keys, in 5 few keys decide, 2 are frozen on one or a handful; "
         "2 put more than half of their weight on the first position."
     )
-    assert "within 10%" in lines[1] and "of its 1,000 keys" in lines[1]
+    assert "within 10%" in lines[1] and "of the 1,000 keys that" in lines[1]
     assert re.split(r"  +", lines[2].strip()) == ["half of the heads", "9 of 10", "every head"]
-    cells = ["the first, then the latest", "40 (20–80)", "400 (200–800)", "400 (200–800)"]
+    ends = [f"{np.ceil(40 / REACH):.0f}–{np.ceil(40 * REACH):.0f}", f"{np.ceil(400 / REACH):.0f}–1,000"]
+    cells = ["the first key, then the latest", f"40 ({ends[0]})", f"400 ({ends[1]})", f"400 ({ends[1]})"]
     assert re.split(r"  +", lines[5].strip()) == cells
     assert re.split(r"  +", lines[3].strip())[-1].startswith("all 1,000")
-    assert "over 2 windows" in lines[7] and "to 13% if each of the 4 key heads" in lines[8] and "to 40%" in lines[8]
+    assert "over 2 windows" in lines[7] and re.search(
+        r"to 13% .*–.* if each of the 4 key heads .* to 40% \(11%–100%\)", lines[8]
+    )
 
     encoder = in_context(1).drop(columns=["load_64", "effective_64", "load_256", "effective_256"])
     lines = report.sentences(encoder, CONTEXT | {"windows": 1})
@@ -145,7 +165,8 @@ def test_report_json_is_strict_whole_and_documented(table, meta, tmp_path, monke
     paths = report.write(table, meta, tmp_path)
     assert {path.name for path in paths} == {path.name for path in tmp_path.iterdir()}
     found = strict((tmp_path / "report.json").read_text())
-    assert list(found) == ["schema", "probe", "summary", "heads"] and found["schema"] == report.SCHEMA
+    parts = ["schema", "probe", "summary", *(["key_heads"] if "keys" in table else []), "heads"]
+    assert list(found) == parts and found["schema"] == report.SCHEMA
     assert found["probe"]["peak_memory_gb"] is None and found["probe"]["versions"] == meta["versions"]
     rows = pd.DataFrame(found["heads"])
     numbers = table.select_dtypes("number")
@@ -181,7 +202,7 @@ def test_the_page_of_a_probe_in_context(tmp_path):
     row = ["1.3", "1", "1,000", "9.00", "7.20 – 10.8", "2.42", "frozen", "1.10", "90%", "5.0%", "1.0%"]
     row += ["100 (50–200)", "200 (100–400)", "400 (200–800)", "400 (200–800)"]
     assert cells(content, "1.3") == row
-    layer = ["1", "4.25", "4.00", "50%", "100", "200", "65", "400"]
+    layer = ["1", "4.25", "4.00", "50%", "100", "200", "65", "400", "23%"]
     assert cells(content.partition("All heads")[0], "1") == layer
     page = Page(content)
     links = [v for _, attributes in page.tags for k, v in attributes.items() if k in ("src", "srcset", "href")]

@@ -205,7 +205,8 @@ def _probe_into(options: argparse.Namespace) -> None:
     if table is None:  # the first rank has it
         return
     # A file may be longer than what is read of it; the checksum of the ids, in the plan, stands for what was.
-    meta = {"text": corpus.name, "text_sha256": corpus.known_sha256, **asked.plan, **table.attrs}
+    meta = {"text": corpus.name, "text_sha256": corpus.known_sha256, **asked.plan}
+    meta |= {name: value for name, value in table.attrs.items() if name.startswith("seconds")}
     meta |= {"seconds": time.monotonic() - began, "peak_memory_gb": runtime.peak_memory(model.model.device) / 1e9}
     read = "{tokens} tokens" if options.tokens else "{windows} windows of {context} tokens"
     print(f"{options.model} on {corpus.name}: {read.format(**meta)}, device: {model.model.device}")

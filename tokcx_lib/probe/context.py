@@ -68,7 +68,8 @@ def probe_in_context(
         look back alone (NaN where a sliding window has fewer); error_POLICY_N and, where N is less than the keys,
         law_N, the error of keys drawn at random if they and their values were Gaussian, as many and with the same
         loads; keys_POLICY, with keys_POLICY_low and keys_POLICY_high.
-        `attrs` has seconds_model and seconds_statistics, which do not add up over ranks.
+        `attrs` has seconds_model and seconds_statistics, which do not add up over ranks; and left_out, with each
+        window left out in turn the budgets of each head, by policy: what intervals of sums over heads are made of.
 
     Raises
     ------
@@ -184,6 +185,7 @@ def _table(windows: list[dict[str, np.ndarray]], error: float) -> pd.DataFrame:
         f"seconds_{part}": float(sum(window["seconds"][i] for window in windows))
         for i, part in enumerate(("model", "statistics"))
     }
+    table.attrs["left_out"] = [table.pop(name).tolist() for name in list(table) if name.startswith("left_out_")]
     return table
 
 
@@ -215,9 +217,14 @@ def _row(layer: int, head: int, noted: dict[str, np.ndarray], lengths: list[int]
     law = drawn_errors(comparable, keys, noted["load"], noted["along"]) if comparable else ()
     row |= dict.fromkeys((f"law_{n}" for n in shown), math.nan) | {f"law_{n}": e for n, e in zip(comparable, law)}
     fewer = [n for n in lengths if n < keys]  # a sliding window, or a late position, ends the past before the context
+    budgets_of = {}
     for policy in POLICIES:
         squares = np.pad(noted[f"squares_{policy}"][:, : len(fewer)], ((0, 0), (0, 1)))
-        needed = jackknife(lambda windows: keys_needed([*fewer, keys], windows.mean(0), error), squares)
+        budgets_of[policy] = lambda kept, squares=squares: keys_needed([*fewer, keys], squares[kept].mean(0), error)
+        needed = jackknife(budgets_of[policy], np.arange(len(squares)))
         for suffix, number in zip(("", "_low", "_high"), needed):
             row[f"keys_{policy}{suffix}"] = np.clip(whole(number), 1.0, keys)
+    every = np.arange(len(noted["keys"]))
+    for left_out in every if len(every) > 1 else ():
+        row[f"left_out_{left_out}"] = [find(np.delete(every, left_out)) for find in budgets_of.values()]
     return row

@@ -132,10 +132,18 @@ def _layers(table: pd.DataFrame) -> dict[str, list]:
         "on first": lambda heads: summary.percent(heads["share_first"].median()),
         **{name: _median_of(f"keys_{policy}") for policy, name in _short_names(table).items()},
     }
+    if summary.looks_back(table):
+        found["kept"] = _kept
     if "window" in table:
         found["window"] = lambda heads: _window(heads.iloc[0])
     rows = [[cell(heads) for cell in found.values()] for _, heads in table.groupby("layer")]
     return {"columns": list(found), "rows": rows}
+
+
+def _kept(heads: pd.DataFrame) -> str:
+    """The share of a layer's keys that its key heads keep, each its own budget."""
+    groups = summary.key_heads(heads)
+    return summary.percent(groups["budget"].sum() / groups["keys"].sum())
 
 
 def _short_names(table: pd.DataFrame) -> dict[str, str]:
@@ -176,8 +184,13 @@ def caveats(table: pd.DataFrame, meta: dict) -> list[Markup]:
             "other lengths have others."
         ).format(_which_queries(table), "one window" if meta["windows"] == 1 else f"{meta['windows']:,} windows"),
         Markup(
-            "<b>Phases take the logits for Gaussian.</b> They say where the load of a head stands among the keys it "
-            "has; budgets and errors are measured and assume nothing. The first position is left out of the load."
+            "<b>Phases take the logits for Gaussian, and are no budgets.</b> They say where the load of a head stands "
+            "among the keys it has; a frozen head may still need most of them, since no short list has the right few. "
+            "Budgets and errors are measured and assume nothing. The first position is left out of the load."
+        ),
+        Markup(
+            "<b>A root mean square is over queries.</b> Single ones, such as those that look up a name far back, may "
+            "err much more; no tail of the queries is measured here."
         ),
     ]
     if "window" in table:
@@ -243,7 +256,7 @@ def _took(meta: dict) -> str:
     inner = {"the model": meta.get("seconds_model"), "the statistics": meta.get("seconds_statistics")}
     known = [f"{name} {_time(seconds)}" for name, seconds in inner.items() if seconds is not None]
     if known:
-        parts.append(("of which " if parts else "") + ", ".join(known))
+        parts.append(("of which " if parts else "") + ", ".join(known) + (", the rest loading" if parts else ""))
     if (memory := meta.get("peak_memory_gb")) is not None:
         parts.append(f"{memory:.1f} GB of memory at the most")
     return "; ".join(parts)

@@ -69,9 +69,18 @@ def _page_of(table: pd.DataFrame) -> ModuleType:
 
 
 def content(table: pd.DataFrame, meta: dict) -> dict:
-    """What report.json holds: schema, probe (the meta), summary (the first screen's numbers), heads (one each)."""
-    rows = [{name: _rounded(value) for name, value in row.items()} for row in table.to_dict("records")]
-    return {"schema": SCHEMA, "probe": meta, "summary": summary.summary(table, meta), "heads": rows}
+    """What report.json holds: schema, probe (the meta), summary (the first screen's numbers), heads (one each).
+
+    In context also key_heads, one each.
+    """
+    found = {"schema": SCHEMA, "probe": meta, "summary": summary.summary(table, meta)}
+    if summary.in_context(table):
+        found["key_heads"] = _rows(summary.key_heads(table))
+    return found | {"heads": _rows(table)}
+
+
+def _rows(table: pd.DataFrame) -> list[dict]:
+    return [{name: _rounded(value) for name, value in row.items()} for row in table.to_dict("records")]
 
 
 def _rounded(value):

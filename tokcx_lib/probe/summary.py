@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pandas as pd
 
-from tokcx_lib.probe.policies import POLICIES
+from tokcx_lib.probe.policies import POLICIES, Estimate, jackknife, whole
 
 PHASES = ("averaging", "extremal", "frozen")
 PLACES = {"half": (1, 2), "nine_tenths": (9, 10), "every": (1, 1)}  # shares of the heads that a budget suffices for
@@ -43,7 +44,7 @@ def looks_back(table: pd.DataFrame) -> bool:
 def policy_names(table: pd.DataFrame) -> dict[str, str]:
     """The orders in which keys are read, in words."""
     near = "latest" if looks_back(table) else "nearest"
-    names = ("drawn at random", f"{near} first", f"the first, then the {near}", "heaviest first (an oracle)")
+    names = ("drawn at random", f"{near} first", f"the first key, then the {near}", "heaviest first (an oracle)")
     return dict(zip(POLICIES, names))
 
 
@@ -59,9 +60,10 @@ def summary(table: pd.DataFrame, meta: dict) -> dict:
         sample ("context" or "pooled"), heads, layers, and the numbers of heads that are averaging, extremal, frozen.
         In context also key_heads; keys, the most that a query has (the median over late queries); on_first, the heads
         with more than half of their weight on the first position; budgets, by policy and by the share of heads (half,
-        nine_tenths, every) that is within the error: keys, low and high (NaN with one window), of (how many keys that
-        head's queries have), layer, head; and of models that look back cache_own and cache_equal: the share of their
-        keys that a cache would keep, with the budgets of `first_latest`, NaN of others.
+        nine_tenths, every) that is within the error: keys, low and high (NaN with one window), layer and head of the
+        one that needs so many, of (how many keys its queries have); and of models that look back cache_own and
+        cache_equal, each with _low and _high: the share of their keys that a cache would keep, with the budgets of
+        `first_latest`, NaN of others.
     """
     counts = table["phase"].value_counts()
     found = {
@@ -72,37 +74,84 @@ def summary(table: pd.DataFrame, meta: dict) -> dict:
     }
     if not in_context(table):
         return found
-    groups = _key_heads(table)
-    cached = looks_back(table)
+    own, equal = (_cached(table, share) for share in (_own, _equal))
     return found | {
-        "key_heads": len(groups),
+        "key_heads": len(table.groupby(["layer", "group"])),
         "keys": table["keys"].max(),
         "on_first": int((table["share_first"] > 0.5).sum()),
         "budgets": {
             policy: {place: _budget(table, policy, *share) for place, share in PLACES.items()} for policy in POLICIES
         },
-        "cache_own": groups["budget"].sum() / groups["keys"].sum() if cached else math.nan,
-        "cache_equal": groups["keys"].clip(upper=groups["budget"].max()).sum() / groups["keys"].sum()
-        if cached
-        else math.nan,
+        **dict(zip(("cache_own", "cache_own_low", "cache_own_high"), own)),
+        **dict(zip(("cache_equal", "cache_equal_low", "cache_equal_high"), equal)),
     }
 
 
-def _key_heads(table: pd.DataFrame) -> pd.DataFrame:
-    """For each key head its keys, and the budget with which each of the heads that read it is within the error."""
-    return table.groupby(["layer", "group"]).agg(keys=("keys", "max"), budget=("keys_first_latest", "max"))
+def key_heads(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a key head: layer, group; the keys that its queries have, the budget of `first_latest` with which every
+    head that reads it is within the error, the head that needs it, and the upper end of the intervals of all of these.
+    """
+    most = table.loc[table.groupby(["layer", "group"])["keys_first_latest"].idxmax()]
+    high = table.groupby(["layer", "group"])["keys_first_latest_high"].max().to_numpy()
+    found = most[["layer", "group", "keys", "keys_first_latest", "head"]].assign(high=high)
+    return found.rename(columns={"keys_first_latest": "budget"}).reset_index(drop=True)
 
 
-def _budget(table: pd.DataFrame, policy: str, part: int, whole: int) -> dict:
-    """The smallest budget that is enough for part/whole of the heads, which is that of one of them."""
-    name = f"keys_{policy}"
-    place = -(-part * len(table) // whole) - 1
-    head = table.sort_values(name, kind="stable").iloc[place]
-    low, high = head.get(f"{name}_low", math.nan), head.get(f"{name}_high", math.nan)
+def _over_windows(table: pd.DataFrame, measure) -> Estimate:
+    """A number made of the budgets (heads, policies) of all heads, with its interval over windows.
+
+    From the budgets with each window left out (`context.probe_in_context`); NaN without those of just these heads.
+    """
+    budgets = table[[f"keys_{policy}" for policy in POLICIES]].to_numpy()
+    left_out = [np.array(each) for each in table.attrs.get("left_out", ())]
+    if len(left_out) < 2 or any(each.shape != budgets.shape for each in left_out):  # rows were taken from the table
+        return Estimate(measure(budgets), math.nan, math.nan)
+    every = set(range(len(left_out)))
+
+    def of(kept) -> float:
+        missing = every - set(kept)
+        return measure(left_out[missing.pop()] if missing else budgets)
+
+    return jackknife(of, np.arange(len(left_out)))
+
+
+def _cached(table: pd.DataFrame, share) -> Estimate:
+    """A share of the keys that a cache keeps, at most 1; NaN for models that do not look back, and have no cache."""
+    if not looks_back(table):
+        return Estimate(math.nan, math.nan, math.nan)
+    column = POLICIES.index("first_latest")
+    _, group = np.unique(table[["layer", "group"]].to_numpy(), axis=0, return_inverse=True)
+    keys, needed = np.zeros(group.max() + 1), np.zeros(group.max() + 1)
+    np.maximum.at(keys, group, table["keys"])
+
+    def measure(budgets: np.ndarray) -> float:
+        needed[:] = 0
+        np.maximum.at(needed, group, budgets[:, column])
+        return share(needed, keys)
+
+    return Estimate(*(min(number, 1.0) for number in _over_windows(table, measure)))
+
+
+def _own(needed: np.ndarray, keys: np.ndarray) -> float:
+    """Each key head keeps the largest budget of the heads that read it."""
+    return float(needed.sum() / keys.sum())
+
+
+def _equal(needed: np.ndarray, keys: np.ndarray) -> float:
+    """All keep that of the worst."""
+    return float(np.minimum(needed.max(), keys).sum() / keys.sum())
+
+
+def _budget(table: pd.DataFrame, policy: str, part: int, of: int) -> dict:
+    """The smallest budget that is enough for part/of of the heads, which is that of one of them."""
+    place = -(-part * len(table) // of) - 1
+    head = table.sort_values(f"keys_{policy}", kind="stable").iloc[place]
+    column = POLICIES.index(policy)
+    _, low, high = _over_windows(table, lambda budgets: float(np.sort(budgets[:, column])[place]))
     return {
-        "keys": head[name],
-        "low": low,
-        "high": high,
+        "keys": head[f"keys_{policy}"],
+        "low": np.clip(whole(low), 1, table["keys"].max()),
+        "high": np.clip(whole(high), 1, table["keys"].max()),
         "of": head["keys"],
         "layer": int(head["layer"]),
         "head": int(head["head"]),
@@ -147,7 +196,7 @@ def budgets_sentence(found: dict, meta: dict) -> str:
     """What the budgets are for; the table of them follows."""
     return (
         f"To keep a head's output within {100 * meta['error']:g}% (root mean square, in units of the spread of its "
-        f"values), a query has to read, of its {found['keys']:,.0f} keys:"
+        f"values), a query has to read, of the {found['keys']:,.0f} keys that the median one has:"
     )
 
 
@@ -157,18 +206,24 @@ def intervals_sentence(meta: dict) -> str:
     if windows < 2:
         return "One window was read, so there are no intervals: more windows (--windows) give them."
     few = "; it is wide where windows are few" if windows < 5 else ""
-    return f"With each its 95% interval over {windows} windows, that of the head at that place{few}."
+    return f"With each its 95% interval over {windows} windows{few}."
 
 
 def cache_sentence(found: dict) -> str:
     """How far a cache could shrink; empty for models that do not look back, which have none."""
     if math.isnan(found["cache_own"]):
         return ""
-    own, equal = percent(found["cache_own"]), percent(found["cache_equal"])
+    own, equal = (_with_interval(found, f"cache_{kind}") for kind in ("own", "equal"))
     return (
         f"The cache of keys and values could shrink to {own} if each of the {found['key_heads']:,} key heads kept its "
         f"own budget of the first and the latest keys, to {equal} if all had the same: that of the worst."
     )
+
+
+def _with_interval(found: dict, name: str) -> str:
+    """A share, and where it is known its interval: 11% (6.1%–22%)."""
+    low, high = found[f"{name}_low"], found[f"{name}_high"]
+    return percent(found[name]) + ("" if math.isnan(low) else f" ({percent(low)}–{percent(high)})")
 
 
 def sentences(found: dict, meta: dict, names: dict[str, str]) -> list[str]:
