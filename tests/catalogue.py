@@ -285,6 +285,7 @@ FUNCTIONS: dict[str, dict] = {
     "rates.exponent": {},
     "softmax_law.self_moments": {"t": 1.5},
     "theory.pair_covariance": {"correlation": [0.5, 0.1]},
+    "theory.serial_error": {"scheme": "window", "budget": 20, "n": 100},
     "theory.top_mass": {"k": [1, 5]},
     "theory.frozen_missing_mass": {"k": [1, 5]},
     "streaming.prefix_moments": SAME,

@@ -45,6 +45,53 @@ def test_a_subset_without_replacement_to_first_order():
     assert theory.subset_error(1.0, d, n, n) == 0
 
 
+def test_the_error_across_the_query():
+    """(1 - 2M) P_b + P_n in each direction, M and P from log-sum-exps at the query and twice the query."""
+    d, n, b, m = 16, 2000, 50, 400
+    y = laws.Gaussian(torch.eye(d)).sample(n, runtime.stream(30))
+    u = torch.nn.functional.normalize(torch.randn(m, d, generator=runtime.stream(31), dtype=torch.float64), dim=1)
+    for load in (0.5, 1.5, 3.0):
+        asked = torch.stack([load * u, 2 * load * u])
+        every, places = schemes.full(asked, y, y), torch.arange(m)
+        for name in ("random", "top-k", "strided"):
+            state = schemes.SCHEMES[name](asked, y, y, places, b, runtime.stream(32))
+            off = state.output[0] - every.output[0]
+            seen = (off - (off * u).sum(1, keepdim=True) * u).square().sum(1).mean() / (d - 1)
+            mass = schemes.kept_mass(state, every)[0]
+            squares = [torch.exp(x.lse[1] - 2 * x.lse[0]) for x in (state, every)]
+            told, planted = (((1 - c * mass) * squares[0] + squares[1]).mean() for c in (2, 1))
+            assert seen.item() == pytest.approx(told.item(), rel=0.1), (load, name)
+            if (planted / told - 1) > 0.3:  # M counted once: seen where the scheme keeps much of the attention
+                assert seen.item() != pytest.approx(planted.item(), rel=0.1)
+
+
+@pytest.mark.parametrize("load", [0.5, 1.0])
+@pytest.mark.parametrize("b", [100, 1000])
+def test_the_largest_weights_to_first_order(load, b):
+    d, n = 8, 4000
+    found = []
+    for i in range(6):
+        y = laws.Gaussian(torch.eye(d)).sample(n, runtime.stream(33, i))
+        q = load * torch.nn.functional.normalize(y[:200].roll(1, 1), dim=1)
+        state = schemes.top_k(q, y, y, torch.arange(200), b)
+        found.append(schemes.output_error(state, schemes.full(q, y, y)).item() / d**0.5)
+    told = float(theory.largest_error(load, d, b, n))
+    assert np.mean(found) == pytest.approx(told, rel=0.015)
+    assert theory.largest_error(load, d, n, n) == pytest.approx(0)
+    assert told > float(theory.largest_error(load, 1, b, n)) / d**0.5  # the part across is not nothing
+
+
+def test_a_window_with_weighted_random_keys_to_first_order():
+    d, n, b = 4, 3000, 1000
+    y = laws.Gaussian(torch.eye(d)).sample(n, runtime.stream(34))
+    q = 0.5 * torch.nn.functional.normalize(torch.randn(1500, d, generator=runtime.stream(35)).double(), dim=1)
+    state = schemes.window_weighted(q, y, y, torch.arange(1500), b, runtime.stream(36))
+    found = schemes.output_error(state, schemes.full(q, y, y)).item() / d**0.5
+    told = float(theory.weighted_error(0.5, d, b, n))
+    assert found == pytest.approx(told, rel=0.05)
+    assert told / theory.subset_error(0.5, d, b, n) == pytest.approx(1.29, abs=0.01)
+
+
 def test_the_covariance_of_two_influences():
     d, load, r = 3, 0.8, 0.6
     stream = runtime.stream(5)
@@ -72,6 +119,22 @@ def test_variance_of_a_mean_of_serial_influences():
     assert theory.inflation(1e-6, d, r) == pytest.approx((1 + r) / (1 - r))
     assert theory.inflation(3.0, d, r) < theory.inflation(1.0, d, r) < theory.inflation(1e-6, d, r)
     assert theory.inflation(1.0, d, 0.0) == 1
+
+
+def test_errors_in_a_serial_sequence():
+    """A window's bias and noise together, against `window_mean` at a turned token; no error where all keys are read."""
+    d, r, load, b, n = 6, 0.8, 0.7, 31, 4000
+    x = torch.zeros(d, dtype=torch.float64)
+    x[0] = d**0.5
+    t = load * torch.eye(d, dtype=torch.float64)[1]
+    bias = (theory.window_mean(x, t, r, torch.arange(b) - b // 2) - t).square().sum().item() / d
+    noise = theory.mean_variance(load, d, r, b) - theory.mean_variance(load, d, r, n)
+    assert theory.serial_error("window", load, d, r, b, n) == pytest.approx(math.sqrt(bias + noise))
+    assert bias > 0.1 * noise
+    assert theory.serial_error("random", load, d, r, n, n) == theory.serial_error("strided", load, d, r, n, n) == 0
+    assert theory.serial_error("random", load, d, 0.0, b, n) == pytest.approx(float(theory.subset_error(load, d, b, n)))
+    with pytest.raises(ValueError, match="scheme: expected 'random', 'window' or 'strided', got 'top-k'"):
+        theory.serial_error("top-k", load, d, r, b, n)
 
 
 def test_the_mean_of_a_window_around_a_token():

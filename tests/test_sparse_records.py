@@ -10,7 +10,7 @@ from tokcx_lib.models import loading, windows
 from tokcx_lib.models.tokens import tokenize
 from tokcx_lib.models.windows import spread_passages
 from tokcx_lib.studies.registry import EXPERIMENTS
-from tokcx_lib.studies.sparse import experiments, schemes
+from tokcx_lib.studies.sparse import experiments, schemes, theory
 from tokcx_lib.theory import laws
 
 SCHEMES = set(schemes.SCHEMES)
@@ -40,6 +40,45 @@ def test_gaussian_tokens(name, own):
     assert sorted(table["load"].unique()) == [0.5, 1.0, 2.0, 4.0, 8.0]
     assert meta["config"]["correlation"] == (0.0 if name == "sparse_gaussian" else 0.9)
     check_errors(table, ["own", "load"])
+
+
+def ratios(name, told):
+    """Told over measured errors of a scheme at loads 1/2 and 1, six budgets each, independent Gaussian tokens."""
+    table, meta = records.load("sparse_gaussian")
+    mean = table[table["scheme"] == name].groupby(["load", "budget"])["error"].mean()
+    n, d = meta["config"]["n"], meta["config"]["dim"]
+    return np.array([told(s, d, np.array(mean[s].index, dtype=float), n) / mean[s] for s in (0.5, 1.0)])
+
+
+def test_first_order_of_the_largest_weights_and_planted_errors(monkeypatch):
+    """What chapter 11 asks of the record passes, and not with a term dropped, a factor halved or an exponent off."""
+
+    def passes(told):
+        off = abs(ratios("top-k", told) - 1)
+        return off.max() < 0.006 and off[:, 2:].max() < 0.0025
+
+    assert passes(theory.largest_error)
+    for change in (
+        lambda s, d, b, n: theory.largest_error(s, 1, b, n) / d**0.5,  # no error across the query
+        lambda s, d, b, n: theory.largest_error(s, d, b / 2, n),
+        lambda s, d, b, n: theory.largest_error(1.1 * s, d, b, n),
+        lambda s, d, b, n: theory.largest_error(s, d, b, n) * (b / n) ** 0.01,
+    ):
+        assert not passes(change)
+    log_ndtr = theory.log_ndtr
+    monkeypatch.setattr(theory, "log_ndtr", lambda x: log_ndtr(x) + np.log(2))  # a mass counted twice
+    assert not passes(theory.largest_error)
+
+
+def test_first_order_of_random_and_weighted_keys_and_planted_errors():
+    def passes(name, told, most):
+        return abs(ratios(name, told)[0] - 1).max() < most
+
+    assert passes("random", theory.subset_error, 0.01)
+    assert not passes("random", lambda s, d, b, n: theory.subset_error(s, d, b, n) / (1 - b / n) ** 0.5, 0.01)
+    assert not passes("random", lambda s, d, b, n: theory.subset_error(s, d, b, n) * np.exp(-0.1 * s**2 / 2), 0.01)
+    assert passes("window + weighted", theory.weighted_error, 0.015)
+    assert not passes("window + weighted", lambda s, d, b, n: 2**0.5 * theory.subset_error(s, d, b, n), 0.015)
 
 
 def test_real_heads():

@@ -1,8 +1,8 @@
 """What theory says of sparse attention: exact laws where there are any, first-order errors elsewhere (chapter 11).
 
 Whitened Gaussian keys of dimension d, with values equal to keys, and a query of load s, unless said otherwise. First
-order means: with the sum of the weights of the keys read at its mean, which is right in mean square for budgets beyond
-e^{3 s^2/2}.
+order means: with the sum of the weights of the keys read at its mean. For keys drawn at random that is right in mean
+square for budgets beyond e^{3 s^2/2}, to leading exponential order.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy.special import betaincc, gammainc, gammaincc, ndtri_exp
+from scipy.special import betaincc, gammainc, gammaincc, log_ndtr, ndtri, ndtri_exp
 from scipy.special import gamma as gamma_function
 from torch import Tensor
 
@@ -92,6 +92,37 @@ def subset_error(load: float, dim: int, budget, n: float) -> np.ndarray:
     return np.sqrt((1 / budget - 1 / n) * math.exp(load**2) * (dim + load**2) / dim)
 
 
+def weighted_error(load: float, dim: int, budget, n: float) -> np.ndarray:
+    """First-order root mean square error of `window + weighted` on independent keys, in value spreads.
+
+    Half of the budget is read for sure, and the others, n - w with w = m/2, are estimated from r = m - w random ones:
+    ((n - w)/n) sqrt((1/r - 1/(n - w)) e^{s^2} (d + s^2) / d). Close to the square root of 2 times `subset_error`.
+    """
+    n, load, dim = as_number("n", n, least=2), as_number("load", load, 0, MOST_LOAD), as_count("dim", dim)
+    budget = as_array("budget", budget, 2, n)
+    extra = budget // 2
+    others = n - budget + extra
+    noise = (1 / extra - 1 / others).clip(0)
+    return others / n * np.sqrt(noise * math.exp(load**2) * (dim + load**2) / dim)
+
+
+def largest_error(load: float, dim: int, budget, n: float) -> np.ndarray:
+    """First-order root mean square error of the `budget` keys of largest weight, of n independent ones, in spreads.
+
+    With z the level that a share budget/n of the keys lies above, M = Q(z - s) their share of the attention (Q the
+    upper tail of a standard normal law), the kept keys are off along the query by h = density(z - s) / M, and across it
+    in each of d - 1 directions by a variance (1 - 2 M) P_b + P_n, P the sum of the squared weights over the kept keys
+    and over all: e^{s^2} Q(z - 2s) / (n M^2) and e^{s^2} / n.
+    """
+    n, load, dim = as_number("n", n, least=1), as_number("load", load, 0, MOST_LOAD), as_count("dim", dim)
+    level = -ndtri(as_array("budget", budget, 1, n) / n)  # -oo where all keys are kept
+    log_mass = log_ndtr(load - level)
+    along = np.exp(-((level - load) ** 2) / 2 - log_mass) / math.sqrt(2 * math.pi)
+    kept = np.exp(load**2 + log_ndtr(2 * load - level) - 2 * log_mass) / n
+    across = (1 - 2 * np.exp(log_mass)) * kept + math.exp(load**2) / n
+    return np.sqrt((along**2 + (dim - 1) * across.clip(0)) / dim)
+
+
 # ------------------------------------------------------------ serial dependence
 
 
@@ -155,6 +186,36 @@ def window_mean(x: Tensor, t: Tensor, correlation: float, lags) -> Tensor:
     finite_answer("x, t", s2 + own)
     share = torch.softmax(r * own[..., None] + (1 - r**2) * s2[..., None] / 2, -1)
     return (share @ r)[..., None] * x + (1 - share @ r**2)[..., None] * t
+
+
+def serial_error(scheme: str, load: float, dim: int, correlation: float, budget: int, n: int) -> float:
+    """First-order root mean square error in a serial sequence, in value spreads, of a query at a turned token.
+
+    Noise: the variance of the mean influence of the keys read, less what all n keys share. A window has a bias as well,
+    that of `window_mean` at a token x with <t, x> = 0 and |x|^2 = dim.
+
+    Parameters
+    ----------
+    scheme : random, window or strided; correlation : of neighbours; budget : keys read of n.
+    """
+    n, budget = as_count("n", n, most=10**8), as_count("budget", budget)
+    correlation, load = as_number("correlation", correlation, 0, 1), as_number("load", load, 0, MOST_LOAD)
+    if budget > n:
+        raise ValueError(f"budget: expected at most the number of keys, {n}, got {budget}")
+    whole = mean_variance(load, dim, correlation, n)
+    if scheme == "random":
+        apart = max(mean_variance(load, dim, correlation, 1) - whole, 0.0) * n / max(n - 1, 1)
+        return math.sqrt(apart * (1 / budget - 1 / n))
+    if scheme not in ("window", "strided"):
+        raise ValueError(f"scheme: expected 'random', 'window' or 'strided', got {scheme!r}")
+    stride = n / budget if scheme == "strided" else 1.0
+    square = max(mean_variance(load, dim, correlation, budget, stride) - whole, 0.0)
+    if scheme == "window":
+        lags = torch.arange(budget) - budget // 2
+        r = correlation ** lags.abs().double()
+        p = torch.softmax((1 - r**2) * load**2 / 2, 0)
+        square += float((p @ r) ** 2 + (p @ r**2) ** 2 * load**2 / dim)
+    return math.sqrt(square)
 
 
 # ------------------------------------------------------------ the largest weights
