@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from tokcx_lib import records
 from tokcx_lib.studies.sparse import figures, tables
 
 
@@ -47,3 +48,21 @@ def test_panels_share_their_axes_and_have_one_key(rows):
     colours = {colour for colour, _ in figures.SCHEME_LOOKS.values()}
     assert len(colours) == len(figures.SCHEME_LOOKS)
     plt.close(fig)
+
+
+def test_the_window_experiment_by_hand():
+    table, _ = records.load("sparse_window")
+    table = table.assign(rms=np.sqrt(table["mse"]))
+    loads = {(0, 11): "0.5", (4, 10): "1.9", (1, 9): "4.3"}
+    here = table[(table["layer"] == 4) & (table["n"] == 4096) & (table["half_width"] == 1000)]
+    mean = here.groupby("scheme")[["rms", "mean_error"]].mean()
+    lines, found = tables.window_errors(table, loads)
+    window, shared = mean.loc["window + random"] / mean.loc["random"], mean.loc["shared"] / mean.loc["random"]
+    assert found.loc["1.9"].to_dict() == pytest.approx({"window": window["rms"], "shared": shared["mean_error"]})
+    assert list(lines.index[::4].get_level_values(0)) == ["0.5", "1.9", "4.3"]
+    wide = table[(table["layer"] == 4) & (table["n"] == 4096) & (table["scheme"] == "window + random")]
+    logs = np.log(wide.groupby("keys")["rms"].mean())
+    slope = -np.polyfit(np.log(logs.index), logs, 1)[0]
+    assert float(tables.window_exponents(table, loads).loc[("1.9", "window, keys"), "outputs"].split()[0]) == (
+        pytest.approx(slope, abs=0.1)
+    )
