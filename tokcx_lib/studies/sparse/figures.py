@@ -19,7 +19,7 @@ SCHEME_LOOKS = {
     "window + weighted": (plots.PALETTE[2], "D-"),
     "top-k": (plots.PALETTE[3], "P-"),
     "low rank": (plots.FAINT, "x--"),
-    "features": (plots.PALETTE[4], "*:"),
+    "features": ("#7040C0", "*:"),  # the palette's second blue is too near the first on a dark page
 }
 BUDGET_TICKS = [32, 128, 512]
 LOAD_TICKS = [0.5, 1, 2, 4, 8, 16]
@@ -141,11 +141,16 @@ def top_mass(ax: Axes, missing: dict, loads, measured: pd.DataFrame, k: int) -> 
     names = {n: f"n = {n:,.0f}" if n < 1e6 else f"n = $10^{{{np.log10(n):.0f}}}$" for n in missing}
     for n, colour in zip(missing, plots.PALETTE):
         ax.plot(loads, missing[n], color=colour)
-        at = int(np.searchsorted(loads, 5.0))
-        ax.annotate(names[n], (loads[at], missing[n][at]), (8, 6), textcoords="offset points", color=colour)
+        frozen_early = np.log(n) < 15  # the label left of its curve, else above it
+        at = int(np.searchsorted(loads, 5.0 if frozen_early else 3.5))
+        side, move = ("right", (-10, -6)) if frozen_early else ("left", (0, 8))
+        place = (loads[at], missing[n][at])
+        ax.annotate(names[n], place, move, textcoords="offset points", ha=side, color=colour)
         transition = np.sqrt(2 * np.log(n))
         grid = np.linspace(1.15, 16 / transition, 60)
         frozen = [theory.frozen_missing_mass(r, k) for r in grid]
         ax.plot(grid * transition, frozen, ":", color=colour)
     ax.errorbar(measured.index, 1 - measured["mean"], 2 * measured["sem"], fmt="o", color=plots.PALETTE[0])
-    ax.set(yscale="log", xlim=(0.4, 16.5), ylim=(1e-4, 1.5), xlabel="load $s$", ylabel=f"missed by the {k} largest")
+    ax.set(yscale="log", xlim=(0.4, 16.5), ylim=(1e-4, 2.5), xlabel="load $s$", ylabel=f"missed by the {k} largest")
+    ax.set_yticks([1e-4, 1e-3, 1e-2, 0.1, 1], ["0.0001", "0.001", "0.01", "0.1", "1"])
+    ax.minorticks_off()
