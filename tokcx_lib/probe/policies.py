@@ -64,16 +64,19 @@ def _ranks(early: Tensor) -> Tensor:
     return torch.empty_like(places).expand_as(order).clone().scatter_(-1, order, places.expand_as(order))
 
 
-def errors(logits: Tensor, values: Tensor, rank: Tensor, lengths: Sequence[int]) -> Tensor:
+def errors(logits: Tensor, values: Tensor, full: Tensor, rank: Tensor, lengths: Sequence[int]) -> Tensor:
     """Squared distances between outputs over the first n keys of an order and over all: (len(lengths), h, r).
 
     Parameters
     ----------
-    logits : (h, r, m); values : (m, d); rank : (1 or h, r, m). A key of rank -1, such as a sink, is always read.
+    logits : (h, r, m); values : (m, d); full : (h, r, d), the outputs over all keys.
+    rank : (1 or h, r, m). A key of rank -1, such as a sink, is always read.
     """
-    full = torch.softmax(logits, -1) @ values
     found = []
     for n in lengths:
+        if n >= logits.shape[-1]:  # all of them
+            found.append(torch.zeros_like(full[..., 0]))
+            continue
         read = rank < n
         some = read.flatten(0, -2).any(0).nonzero()[:, 0]  # keys that no query reads cost no time
         kept = logits[..., some].masked_fill(~read[..., some], -math.inf)

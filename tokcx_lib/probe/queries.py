@@ -114,7 +114,9 @@ def load_and_effective(attention: Attention, rows: Tensor) -> dict[str, np.ndarr
 
 def _group_notes(logits, seen, values, sinks, distance, rank, lengths) -> dict[str, np.ndarray]:
     """`notes` of the heads of one group, which share their keys: logits (h, r, m), values (m, d)."""
-    weights = torch.softmax(_with_sink(logits, sinks), -1)[..., : logits.shape[-1]]
+    all_logits = _with_sink(logits, sinks)
+    all_weights = torch.softmax(all_logits, -1)
+    weights = all_weights[..., : logits.shape[-1]]
     rest, count = _without_first(seen), _count(seen)
     deviations = _deviations(logits, rest)
     variance = deviations.square().sum(-1) / count
@@ -134,12 +136,12 @@ def _group_notes(logits, seen, values, sinks, distance, rank, lengths) -> dict[s
         "share_near": (weights * (distance < NEAR)).sum(-1),
         "share_own": (weights * (distance == 0)).sum(-1),
     }
-    given = (_with_sink(logits, sinks), values)
     if sinks is not None:  # a key without value, which is always read
-        given = (given[0], torch.cat([values, -centre[None]]))
+        values = torch.cat([values, -centre[None]])
+    full = all_weights @ values
     for policy, each in {**rank, "heaviest": heaviest_ranks(logits)}.items():
         order = each if sinks is None else torch.cat([each, torch.full_like(each[..., :1], -1)], -1)
-        squares = errors(*given, order, lengths) / spread.clamp(min=least)
+        squares = errors(all_logits, values, full, order, lengths) / spread.clamp(min=least)
         found[f"squares_{policy}"] = squares.mean(-1).mT
     return {name: _numpy(tensor) for name, tensor in found.items()}
 
