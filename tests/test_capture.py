@@ -121,6 +121,9 @@ def test_what_layers_add_to_softmax_is_noted():
     for each in (causal, windowed, capped, with_sinks[0]):
         assert (each.seen(rows) == each.seen()[..., rows, :]).all()
         assert torch.allclose(each.logits(rows), each.logits()[..., rows, :])
+        early = each.beginning(7)
+        assert torch.equal(early.seen(), each.seen()[..., :7, :7])
+        assert torch.allclose(early.outputs(), each.output[:, :7], atol=1e-5)
     both = captured(*small("bert"))[0][0]
     assert not both.causal and both.seen().all()
 

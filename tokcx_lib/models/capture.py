@@ -17,7 +17,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,12 @@ class Attention:
     sinks: Tensor | None
     window: int | None
     output: Tensor
+
+    def beginning(self, n: int) -> Attention:
+        """What the first n tokens read, where no query sees a later key."""
+        mask, position = (None if each is None else each[..., :n, :n] for each in (self.mask, self.position))
+        q, k, v = (each[:, :, :n] for each in (self.q, self.k, self.v))
+        return replace(self, q=q, k=k, v=v, mask=mask, position=position, output=self.output[:, :n])
 
     def seen(self, rows: Tensor | slice = slice(None)) -> Tensor:
         """Which keys queries see: bool, (b or 1, heads or 1, r, m); of all queries, or those of some rows."""

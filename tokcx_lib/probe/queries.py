@@ -64,7 +64,8 @@ def layer_notes(
     found["group"] = np.arange(heads) // (heads // groups)
     for n in (n for n in shown if n < size and attention.causal):
         some = queries_with(n, text, len(draws)).to(draws.device)
-        found |= {f"{note}_{n}": array for note, array in load_and_effective(attention, some).items()}
+        early = attention.beginning(n)  # later keys are none of theirs
+        found |= {f"{note}_{n}": array for note, array in load_and_effective(early, some).items()}
     if not all(np.isfinite(array).all() for array in found.values()):
         raise ValueError(f"model: expected finite queries, keys and values, got NaN or infinity in {attention.name}")
     window = attention.window or math.nan
