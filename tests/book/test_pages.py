@@ -162,6 +162,64 @@ def test_no_line_interrupts_its_paragraph():
     assert len(pages) > 20 and not found, "\n".join(map(str, found))
 
 
+def leftovers(text: str) -> list[tuple[str, str]]:
+    """What a page made from this Markdown would show that nobody meant: TeX as text, and quotations, which no page has.
+
+    The same as `faults` says of the built page, without the build, with the words as they stand in the source.
+    """
+    lines, found = text.splitlines(), []
+    for token in PARSER.parse(text):
+        if token.type == "blockquote_open":
+            found.append(("quotation", lines[token.map[0]]))
+        if token.type == "inline":
+            found += [
+                ("TeX", part.content) for part in token.children if part.type == "text" and TEX.search(part.content)
+            ]
+        if token.type == "fence" and token.info.startswith("{code-cell}"):
+            options = re.match(r"---\n(.*?)^---$", token.content, re.M | re.S)
+            figure = yaml.safe_load(options[1]).get("mystnb", {}).get("figure", {}) if options else {}
+            found += leftovers(figure.get("caption", ""))
+        elif token.type == "fence" and re.match(r"\{(?!math|bibliography|raw)", token.info):
+            title = token.info.partition("}")[2].strip() if re.match(r"\{(prf|exercise|admonition)", token.info) else ""
+            found += leftovers(title) + leftovers(re.sub(r"\A(:[\w-]+:[^\n]*\n)+\n?", "", token.content))
+    return found
+
+
+@pytest.mark.parametrize(
+    "fault, kind",
+    [
+        ("the exponent $b = 1/2 and", "TeX"),
+        ("for 1 \\le r and so on", "TeX"),
+        ("the exponent $b = (\\sqrt5 - 1)/2\n> \\frac12$. The three still counts", "quotation"),
+        ("> \\frac12$ is where it starts", "quotation"),
+        ("- a list\n\n  > in it", "quotation"),
+    ],
+)
+def test_a_leftover_of_markdown_is_seen(fault, kind):
+    good = "# The $r$-th\n\nA sentence with $a\n< b$, `$x_{1}$` and {glue:text}`n`:\n\n$$\nx\n> y\n$$\n\n"
+    caption = "---\nmystnb:\n  figure:\n    caption: |\n      "
+    assert leftovers(good) == []
+    for text in (
+        good + fault + "\n",
+        f"```{{prf:lemma}} A $t$\n:label: lem\n\n{fault}\n```\n",
+        "```{code-cell} python3\n" + caption + fault.replace("\n", "\n      ") + "\n---\nx = 1\n```\n",
+    ):
+        assert kind in {found for found, _ in leftovers(text)}, text
+    assert leftovers("```{code-cell} python3\n" + caption + "A $t$\n---\nx = '$1'\n```\n") == []
+
+
+def test_no_page_has_leftovers_of_markdown():
+    pages = [*ROOT.glob("chapters/*.md"), *ROOT.glob("book/**/*.md")]
+    slides_ = ROOT / "book" / "teaching" / "slides"  # on a slide a theorem is a quotation; `test_slides` looks at them
+    found = [
+        (path.name, *fault)
+        for path in pages
+        if path.parent != slides_
+        for fault in leftovers(path.read_text(encoding="utf-8"))
+    ]
+    assert len(pages) > 20 and not found, "\n".join(map(str, found))
+
+
 # ------------------------------------------------------------- a browser
 
 # Everything open, as on paper: a solution is on the page too. The side bar takes its place at once.
