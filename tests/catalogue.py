@@ -43,6 +43,7 @@ MODULES_ELSEWHERE = {
     "heads": "takes models",
     "layers": "takes models",
     "loading": "takes folders of models",
+    "measures": "takes models",
     "pages": "writes pages",
     "peer": "measures, for minutes",
     "plan": "takes models",
@@ -63,12 +64,13 @@ MODULES_ELSEWHERE = {
     "summary": "takes what was measured",
     "tables": "takes what was measured",
     "text_parts": "takes models",
+    "texts": "takes models and texts",
     "tokenization": "takes a tokenizer",
     "tokens": "takes models and texts",
     "validation": "is what the doors of all others are made of",
     "windows": "takes models and texts",
     **dict.fromkeys(
-        ("bounded", "coverage", "exact", "experiments", "gaussian", "sharp", "token_experiments"),
+        ("bounded", "coverage", "exact", "experiments", "gaussian", "head_experiments", "sharp", "token_experiments"),
         "runs experiments, for minutes",
     ),
 }
@@ -281,6 +283,7 @@ MODULES: dict[str, dict] = {
     "tails": {"x": SAMPLE, "k": 10, "side": "upper", "share": 0.1, "shares": (0.1, 0.05), "t": 0.5, "points": 8,
               "n": 50, "window": 10, "pooled": True, "outlier": 3.0, "head": _head(), "queries": normal(6, DIM),
               "keys": normal(200, DIM), "quantiles": (0.05, 0.95)},
+    "twins": {"keys": normal(40, DIM), "values": normal(40, 2, seed=1), "stream": 0, "z": normal(20), "skewness": 0.5},
 }  # fmt: skip
 FUNCTIONS: dict[str, dict] = {
     "stacks.scalar_errors": {"stack": stacks.scalar_stack([0.3, 0.5])},
