@@ -87,6 +87,10 @@ def test_columns_and_predictions(table):
     assert hard["exponent_sharp"] == rates.exponent(hard["coupling"], "gaussian")
     budget = budgets.token_budget(hard["load_median"])
     assert (hard["tokens_unfrozen"], hard["tokens_clt"]) == budget
+    assert hard["tokens_mean_square"] == budget.mean_square
+    load = hard["load_median"]
+    logs = [np.log(hard[f"tokens_{name}"]) / load**2 for name in ("unfrozen", "mean_square", "clt")]
+    assert logs == pytest.approx([0.5, 1.5, 2])
     said = predictions(0.0, 40.0, 100)
     assert said["exponent_sharp"] == said["exponent_reported"] == 0.5
     assert said["tokens_10_percent"] == np.inf and said["phase"] == "frozen"

@@ -63,7 +63,7 @@ def pooled() -> pd.DataFrame:
     names = ("horizon", "coupling", "load_median", "load_05", "load_95", "exponent_sharp", "exponent_reported")
     for name in (*names, "effective_1000", "effective_20000", "tokens_unfrozen"):
         table[name] = rng.uniform(0.1, 9, 2)
-    return table.assign(tokens_clt=np.inf, tokens_10_percent=[5e3, np.inf])
+    return table.assign(tokens_mean_square=[7e5, np.inf], tokens_clt=np.inf, tokens_10_percent=[5e3, np.inf])
 
 
 class Page(HTMLParser):
@@ -254,6 +254,28 @@ def test_whatever_a_table_lacks_its_page_is_whole(case, tmp_path, monkeypatch):
     assert ("could shrink to" in page) == (case not in ("an encoder", "a short context"))
     assert (tmp_path / "errors.png").exists() == (case not in ("a short context", "a frozen head"))
     assert (tmp_path / "growth.png").exists() == (case not in ("an encoder", "a short context"))
+
+
+def budgets_without_an_error(words: str) -> list[str]:
+    """Where a page says 1/√n, or the budget e^(2s²), without saying in the same breath that the error is typical."""
+    parts = re.split(r"(?<=[.;:,(|])\s|\s–\s", words)
+    return [part for part in parts if re.search(r"1/√n|e2s²|e\^\(2s²\)", part) and "typical" not in part]
+
+
+def test_each_budget_says_of_which_error_it_is(monkeypatch):
+    monkeypatch.setattr(pages, "drawn", lambda *arguments, **options: b"png")
+    content = pooled_page.page(pooled(), POOLED)
+    words = "".join(Page(content).words)
+    headings = re.findall(r'<th scope="col">(.*?)</th>', content)
+    three = ["not frozen beyond", "mean square like 1/n beyond", "typical error like 1/√n beyond"]
+    assert [name for name in headings if "beyond" in name] == three
+    row = re.findall(r"<td>(.*?)</td>", re.search(r"<tbody>(.*?)</tbody>", content, re.S)[1])
+    first = row[headings.index(three[0]) :][:3]
+    assert first == [pages.number(pooled()[f"tokens_{name}"][0]) for name in ("unfrozen", "mean_square", "clt")]
+    assert "e3s²/2" in words and "e2s²" in words
+    for page in (words, "".join(Page(context_page.page(in_context(), CONTEXT)).words)):
+        assert "1/√n" in page and budgets_without_an_error(page) == []
+        assert budgets_without_an_error(page.replace("typical ", ""))
 
 
 def test_what_a_page_is_given_is_shown_and_never_obeyed(monkeypatch):

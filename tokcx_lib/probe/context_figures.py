@@ -54,8 +54,8 @@ def at(table: pd.DataFrame, column: str, n: int) -> pd.Series:
 # ---- the phase diagram ----
 
 _PHASES_ALT = (
-    "Phase diagram of load and number of keys: regions where errors fall like one over the root of n, where few tokens "
-    "decide, and frozen, with contours of the law's relative error and a dot for every head."
+    "Phase diagram of load and number of keys: regions where typical errors fall like one over the root of n, "
+    "where few tokens decide, and frozen, with contours of the law's relative error and a dot for every head."
 )
 
 

@@ -17,8 +17,8 @@ from tokcx_lib.probe.pages import Picture, number
 
 HARDEST = 3  # heads that the reading names
 PHASES = {
-    "averaging": "many tokens share the attention, and errors fall like 1/√n",
-    "extremal": "the few tokens with the largest logits decide, and errors fall more slowly than 1/√n",
+    "averaging": "many tokens share the attention, and typical errors fall like 1/√n",
+    "extremal": "the few tokens with the largest logits decide, and typical errors fall more slowly than 1/√n",
     "frozen": "one token or a handful take almost all of the attention, and more tokens still change which",
 }
 
@@ -120,8 +120,10 @@ def hardest(table: pd.DataFrame, count: int = HARDEST) -> pd.DataFrame:
 
 BUDGETS = Markup(
     "<p>If the logits of a query of load <i>s</i> were Gaussian, its output would depend on single tokens up to "
-    "about <i>e</i><sup><i>s</i>²/2</sup> tokens (<i>not frozen beyond</i>), and its error would fall like "
-    "1/√<i>n</i> only beyond about <i>e</i><sup>2<i>s</i>²</sup> (<i>1/√n beyond</i>). Both are of leading "
+    "about <i>e</i><sup><i>s</i>²/2</sup> tokens (<i>not frozen beyond</i>). Its mean square error, which rare "
+    "draws carry, would fall like 1/<i>n</i> only beyond about <i>e</i><sup>3<i>s</i>²/2</sup> (<i>mean square like "
+    "1/n beyond</i>), and the smaller error of a typical draw like 1/√<i>n</i> only beyond about "
+    "<i>e</i><sup>2<i>s</i>²</sup> (<i>typical error like 1/√n beyond</i>). All three are of leading "
     "exponential order. <i>10% at</i> is exact under the same assumption: the tokens after which the root mean "
     "square error is a tenth of the output's component along the query's direction. A query of small load has "
     "a small output, so that it too takes many tokens to a tenth of it.</p>"
@@ -274,7 +276,8 @@ def _columns(table: pd.DataFrame, meta: dict) -> dict[str, Callable[[pd.Series],
         "effective": lambda head: number(_effective(head, meta)),
         "phase": lambda head: Markup('<span class="{0}">{0}</span>').format(head["phase"]),
         "not frozen beyond": plain("tokens_unfrozen"),
-        "1/√n beyond": plain("tokens_clt"),
+        "mean square like 1/n beyond": plain("tokens_mean_square"),
+        "typical error like 1/√n beyond": plain("tokens_clt"),
         "10% at": plain("tokens_10_percent"),
         "β": lambda head: f"{head['exponent_sharp']:.3f}",
     }

@@ -16,9 +16,9 @@ LOAD_STEP = 1 / 8  # of loads at which the law of drawn keys is computed
 def predictions(coupling: float, load: float, tokens: int) -> dict[str, float | str]:
     """What the theory says of a head with some coupling and median load on `tokens` tokens.
 
-    Three exponents of the error n^-beta (`rates.exponent`), two token budgets of the load (`budgets.token_budget`),
-    the tokens to a relative error of 10% (`budgets.sample_complexity`; infinite beyond its range) and the
-    `budgets.phase`.
+    Three exponents of the error n^-beta (`rates.exponent`), three token budgets of the load (`budgets.token_budget`:
+    beyond them it is not frozen, its mean square error falls like 1/n, its typical error like 1/sqrt(n)), the tokens
+    to a relative error of 10% (`budgets.sample_complexity`; infinite beyond its range) and the `budgets.phase`.
     """
     psi = max(coupling, 1e-300)  # the exponents of a head that looks at nothing are their limits
     budget = budgets.token_budget(load)
@@ -31,6 +31,7 @@ def predictions(coupling: float, load: float, tokens: int) -> dict[str, float | 
         "exponent_balance": rates.exponent(psi, "balance"),
         "exponent_sharp": rates.exponent(psi, "gaussian"),
         "tokens_unfrozen": budget.unfrozen,
+        "tokens_mean_square": budget.mean_square,
         "tokens_clt": budget.clt,
         "tokens_10_percent": needed,
         "phase": budgets.phase(load, tokens),

@@ -267,7 +267,10 @@ def real_heads_sinks(config: dict, device) -> Plan:
 
 
 def real_heads_on(config: dict, device) -> Plan:
-    """Geometry of every head on a text: the columns of `pooled_probe`, for each of several disjoint parts of it."""
+    """Geometry of every head on a text: the columns of `pooled_probe`, for each of several disjoint parts of it.
+
+    Without the budget of the mean square error, the third power of that to thaw, which the records do not have.
+    """
     model = load_model(EMBEDDED, device)
     tokens, parts = config["tokens"], config["parts"]
     ids, texts = random_windows(model, config["corpus"], parts * tokens, config["seed"], config["skip"])
@@ -275,6 +278,7 @@ def real_heads_on(config: dict, device) -> Plan:
     def work(part: int) -> Part:
         here = ids[part * tokens : (part + 1) * tokens]
         table = pooled_probe(model, here, tokens=tokens, queries=config["queries"], seed=config["seed"] + part)
+        table = table.drop(columns="tokens_mean_square")
         table.insert(0, "part", part)
         return Part(table)
 
