@@ -32,6 +32,9 @@ OPEN = {
     "rates.influence",
     "rates.influence_square",
     "rates.uniform_constant",
+    "scaling.freezing_length",
+    "scaling.reduced_load",
+    "scaling.sphere_scaling",
 }
 
 # Functions that are called as they are: what they raise is theirs.

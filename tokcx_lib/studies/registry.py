@@ -11,6 +11,7 @@ from tokcx_lib.studies.language_model import head_experiments as language_model_
 from tokcx_lib.studies.real_heads import experiments as real_heads
 from tokcx_lib.studies.real_heads import token_experiments as real_tokens
 from tokcx_lib.studies.runs import Experiment
+from tokcx_lib.studies.scaling import experiments as scaling
 from tokcx_lib.studies.sparse import experiments as sparse
 
 _TOPICS = (
@@ -24,6 +25,7 @@ _TOPICS = (
     language_model_heads,
     real_heads,
     real_tokens,
+    scaling,
     sharp,
     sparse,
 )
