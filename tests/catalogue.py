@@ -287,7 +287,7 @@ MODULES: dict[str, dict] = {
     "tails": {"x": SAMPLE, "k": 10, "side": "upper", "share": 0.1, "shares": (0.1, 0.05), "t": 0.5, "points": 8,
               "n": 50, "window": 10, "pooled": True, "outlier": 3.0, "head": _head(), "queries": normal(6, DIM),
               "keys": normal(200, DIM), "quantiles": (0.05, 0.95)},
-    "twins": {"keys": normal(40, DIM), "values": normal(40, 2, seed=1), "stream": 0, "z": normal(20), "skewness": 0.5},
+    "twins": {"keys": normal(40, DIM), "values": normal(40, 2), "generator": 0, "z": normal(20), "skewness": 0.5},
 }  # fmt: skip
 FUNCTIONS: dict[str, dict] = {
     "stacks.scalar_errors": {"stack": stacks.scalar_stack([0.3, 0.5])},

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokcx_lib.runtime import generator
-from tokcx_lib.validation import as_tensor
+from tokcx_lib import runtime
+from tokcx_lib.validation import as_tensor, finite_answer
 
 MOST_SKEW = 2.0  # beyond it the approximation of Wilson and Hilferty is none
 LEAST_SKEW = 1e-3  # below it the law is normal
@@ -28,12 +28,12 @@ class Twin(NamedTuple):
     cov: Tensor
 
 
-def gaussian_twin(keys: Tensor, values: Tensor, stream: int | torch.Generator) -> Twin:
+def gaussian_twin(keys: Tensor, values: Tensor, generator: int | torch.Generator) -> Twin:
     """As many Gaussian keys and values, independent from position to position, with the joint covariance of some.
 
     Parameters
     ----------
-    keys : (m, d), values : (m, d_v), of one key head; stream : a generator, or a seed.
+    keys : (m, d), values : (m, d_v), of one key head; generator : a random stream, or a seed.
 
     Raises
     ------
@@ -46,10 +46,12 @@ def gaussian_twin(keys: Tensor, values: Tensor, stream: int | torch.Generator) -
         raise ValueError(f"values: expected {len(keys)} rows, as keys have, got {len(values)}")
     both = torch.cat([keys, values], 1).double()
     mean = both.mean(0)
-    cov = torch.cov(both.mT, correction=0)
+    cov = finite_answer("keys, values", torch.cov(both.mT, correction=0).reshape(len(mean), -1))
     spectrum, basis = torch.linalg.eigh(cov)
     factor = basis * spectrum.clamp(min=0).sqrt()
-    drawn = torch.randn(both.shape, generator=generator(stream)).to(keys) @ factor.mT.to(keys) + mean.to(keys)
+    drawn = torch.randn(both.shape, generator=runtime.generator(generator)).to(keys) @ factor.mT.to(keys) + mean.to(
+        keys
+    )
     split = keys.shape[1]
     return Twin(drawn[:, :split], drawn[:, split:], mean[:split].to(keys), cov[:split, :split].to(keys))
 
@@ -63,8 +65,24 @@ def skewed(z: Tensor, skewness: Tensor) -> Tensor:
     Parameters
     ----------
     z : of any shape; skewness : broadcasts with it, of either sign.
+
+    Raises
+    ------
+    ValueError
+        If they are not finite, or do not broadcast.
     """
-    z = as_tensor("z", z)
-    g = as_tensor("skewness", skewness).clamp(-MOST_SKEW, MOST_SKEW)
+    z, skewness = as_tensor("z", z), as_tensor("skewness", skewness)
+    if not _broadcast(z, skewness):
+        shapes = f"{tuple(z.shape)} and {tuple(skewness.shape)}"
+        raise ValueError(f"z, skewness: expected shapes that broadcast, got {shapes}")
+    g = skewness.clamp(-MOST_SKEW, MOST_SKEW)
     g = torch.where(g.abs() < LEAST_SKEW, LEAST_SKEW, g)
-    return 2 / g * ((1 + g * z / 6 - g.square() / 36).clamp(min=0) ** 3 - 1)
+    return finite_answer("z", 2 / g * ((1 + g * z / 6 - g.square() / 36).clamp(min=0) ** 3 - 1))
+
+
+def _broadcast(*tensors: Tensor) -> bool:
+    try:
+        torch.broadcast_shapes(*(each.shape for each in tensors))
+    except RuntimeError:
+        return False
+    return True
