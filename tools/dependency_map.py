@@ -17,7 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "book" / "_static" / "dependencies.svg"
 
 # Of the book's figures: readable on white, and after the style sheet has turned lightness around for dark pages.
-PARTS = {"Theory": "#0072B2", "Experiments": "#D55E00", "Beyond the paper": "#009E73"}
+PARTS = {
+    "Theory": "#0072B2",
+    "Experiments": "#D55E00",
+    "Beyond the paper": "#009E73",
+    "Language models": "#9C3D7A",
+}
 INK, LINES = "#000000", "#767676"
 WIDTH, HEIGHT, ACROSS, DOWN = 172, 66, 36, 24  # of a box, and between boxes
 
@@ -96,7 +101,7 @@ def boxes(numbers, edges) -> dict[int, tuple[float, float]]:
 
 
 def part(chapter: int) -> str:
-    return list(PARTS)[min((chapter - 1) // 4, 2)]
+    return list(PARTS)[min((chapter - 1) // 4, len(PARTS) - 1)]
 
 
 def arrow(a: int, b: int, whole: bool, both: bool, at) -> str:
