@@ -29,6 +29,7 @@ from tokcx_lib.theory.limits import Moments
 # Modules whose functions are tested elsewhere, and why not here.
 MODULES_ELSEWHERE = {
     "__main__": "runs the command line",
+    "answering": "takes models",
     "architectures": "takes models and their configurations",
     "capture": "takes models",
     "checkpoint_files": "reads files",
@@ -43,6 +44,7 @@ MODULES_ELSEWHERE = {
     "heads": "takes models",
     "layers": "takes models",
     "loading": "takes folders of models",
+    "loss": "takes what attention was seen to read",
     "measures": "takes models",
     "pages": "writes pages",
     "peer": "measures, for minutes",
@@ -70,7 +72,17 @@ MODULES_ELSEWHERE = {
     "validation": "is what the doors of all others are made of",
     "windows": "takes models and texts",
     **dict.fromkeys(
-        ("bounded", "coverage", "exact", "experiments", "gaussian", "head_experiments", "sharp", "token_experiments"),
+        (
+            "bounded",
+            "coverage",
+            "exact",
+            "experiments",
+            "gaussian",
+            "head_experiments",
+            "loss_experiments",
+            "sharp",
+            "token_experiments",
+        ),
         "runs experiments, for minutes",
     ),
 }

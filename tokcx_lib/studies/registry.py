@@ -8,6 +8,7 @@ from tokcx_lib.studies.causal_rotary import experiments as causal_rotary
 from tokcx_lib.studies.depth import experiments as depth
 from tokcx_lib.studies.downstream import experiments as downstream
 from tokcx_lib.studies.language_model import head_experiments as language_model_heads
+from tokcx_lib.studies.language_model import loss_experiments as language_model_loss
 from tokcx_lib.studies.real_heads import experiments as real_heads
 from tokcx_lib.studies.real_heads import token_experiments as real_tokens
 from tokcx_lib.studies.runs import Experiment
@@ -23,6 +24,7 @@ _TOPICS = (
     exact,
     gaussian,
     language_model_heads,
+    language_model_loss,
     real_heads,
     real_tokens,
     scaling,

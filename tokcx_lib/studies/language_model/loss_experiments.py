@@ -1,0 +1,178 @@
+"""A language model whose heads read some of their keys: its loss on long texts, and what the errors foretell."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from tokcx_lib import records, runtime
+from tokcx_lib.models.capture import Attention, capture
+from tokcx_lib.models.loading import LANGUAGE, TextModel, evaluating, load_model
+from tokcx_lib.models.text_parts import without_cache
+from tokcx_lib.probe.policies import POLICIES, keys_needed, lengths_up_to
+from tokcx_lib.probe.queries import notes
+from tokcx_lib.studies.language_model.answering import token_losses
+from tokcx_lib.studies.language_model.loss import ANCHORED, reading
+from tokcx_lib.studies.language_model.texts import whole_windows
+from tokcx_lib.studies.runs import Experiment, Part, Plan
+
+ALL = "all"  # the order of a model that reads every key
+FORECAST = "language_model_forecast"
+
+
+@lru_cache(maxsize=1)
+def _opened(device: torch.device, corpus: str, context: int, count: int, seed: int) -> tuple[TextModel, Tensor, dict]:
+    """The model, windows of `context` tokens and the one after them (count, context + 1), and what a record says."""
+    model = load_model(LANGUAGE, device)
+    ids, texts = whole_windows(model, corpus, context + 1, count, seed)
+    return model, ids, {"texts": texts, **model.provenance}
+
+
+def _by_position(losses: dict[str, Tensor], edges: list[int], whole: Tensor | None) -> pd.DataFrame:
+    """Rows of mean losses (order) between positions of the token that is read last; with `whole`, of the same tokens
+    read with all keys, how much more they cost."""
+    rows = []
+    for order, lost in losses.items():
+        for first, stop in zip(edges, edges[1:]):
+            part = lost[first:stop]
+            row = {"order": order, "first": first, "tokens": len(part), "loss": part.mean().item()}
+            row["standard_error"] = (part.std() / len(part) ** 0.5).item()
+            if whole is not None:
+                more = part - whole[first:stop]
+                row |= {"excess": more.mean().item(), "excess_error": (more.std() / len(part) ** 0.5).item()}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def language_model_loss(config: dict, device) -> Plan:
+    """Loss of the next token when every head reads `keys` keys of its past, in four orders; nats.
+
+    A replicate is an article, the first `context` tokens of it; rows are means over the tokens from position `first`
+    on, up to the next edge, and standard_error is over these tokens as if they were independent. With keys = context
+    every key is read. In the table, excess is what a token costs more than then, with the error of that difference.
+    """
+    model, ids, meta = _opened(device, *(config[key] for key in ("corpus", "context", "replicates", "seed")))
+
+    def work(replicate: int, keys: int) -> Part:
+        if keys == config["context"]:
+            losses = {ALL: token_losses(model, ids[replicate])}
+        else:
+            seed = config["seed"], replicate
+            losses = {order: token_losses(model, ids[replicate], reading(order, keys, seed)) for order in POLICIES}
+        table = _by_position(losses, config["edges"], None)
+        table.insert(0, "replicate", replicate)
+        table.insert(1, "keys", keys)
+        return Part(table, {order: lost.numpy() for order, lost in losses.items()})
+
+    def finish(table: pd.DataFrame, arrays: list[dict[str, np.ndarray]]) -> pd.DataFrame:
+        every = dict(zip(units, arrays, strict=True))
+        parts = []
+        for replicate, keys in units:
+            losses = {order: torch.as_tensor(lost) for order, lost in every[replicate, keys].items()}
+            whole = torch.as_tensor(every[replicate, config["context"]][ALL])
+            parts.append(_by_position(losses, config["edges"], whole)[["excess", "excess_error"]])
+        return pd.concat([table, pd.concat(parts, ignore_index=True)], axis=1)
+
+    units = [(r, keys) for r in range(config["replicates"]) for keys in (*config["keys"], config["context"])]
+    return Plan(units, work, meta, finish)
+
+
+def language_model_forecast(config: dict, device) -> Plan:
+    """What the heads lose when they read some of their keys, in the windows of `language_model_loss`: a row a head.
+
+    From `queries` queries, evenly spread over the last half of the window, as `probe.queries` notes them: error_n, root
+    mean square error over n keys in units of the spread of the values; keys, the number from which on it is at most
+    `error`. Every head reads what it reads in the whole model, so errors do not come on top of each other.
+    """
+    model, ids, meta = _opened(device, *(config[key] for key in ("corpus", "context", "replicates", "seed")))
+    context, lengths = config["context"], lengths_up_to(config["context"])
+    rows = torch.linspace(context // 2, context - 1, config["queries"]).round().long()
+
+    def work(replicate: int) -> Part:
+        draws = torch.rand(len(rows), context, generator=runtime.stream(config["seed"], replicate)).to(device)
+        found = []
+
+        def read(attention: Attention) -> None:
+            noted = notes(attention, rows.to(device), draws, lengths)
+            for order in POLICIES:
+                for head, squares in enumerate(noted[f"squares_{order}"]):
+                    errors = {f"error_{n}": squares[lengths.index(n)] ** 0.5 for n in config["keys"]}
+                    # A late query has fewer keys than the window: what is beyond them makes no error.
+                    needed = keys_needed(lengths, squares, config["error"])
+                    found.append((replicate, attention.layer, head, order, needed, *errors.values()))
+
+        with evaluating(model.model), torch.inference_mode(), runtime.one_thread(), capture(model.model, read):
+            model.model(ids[replicate, None, :-1].to(device), **without_cache(model.model))
+        names = [f"error_{n}" for n in config["keys"]]
+        return Part(pd.DataFrame(found, columns=["replicate", "layer", "head", "order", "budget", *names]))
+
+    return Plan([(r,) for r in range(config["replicates"])], work, meta)
+
+
+def head_budgets(table: pd.DataFrame, replicates: list[int], least: int = 1) -> dict[str, list[list[int]]]:
+    """Keys that each head needs in each order, (layers, heads): the median over some windows of a forecast."""
+    some = table[table["replicate"].isin(replicates)]
+    middle = np.ceil(some.groupby(["order", "layer", "head"])["budget"].median()).clip(lower=least).astype(int)
+    return {order: middle[order].unstack("head").values.tolist() for order in POLICIES}
+
+
+def language_model_budgets(config: dict, device) -> Plan:
+    """Loss when every head reads its own number of keys, the one that the forecast from other articles gives it.
+
+    Orders of `language_model_loss`, with keys = 0 for heads that read their own numbers; and `anchored` with the same
+    number for all. The articles are the first of that record, the budgets are from the last ones of the forecast.
+    Columns as there; mean_keys, what the heads read on average.
+    """
+    forecast = records.load(FORECAST)
+    others = forecast.meta["config"]["replicates"]
+    budgets = head_budgets(forecast.table, list(range(config["replicates"], others)))
+    model, ids, meta = _opened(device, config["corpus"], config["context"], others, config["seed"])
+
+    def work(replicate: int, keys: int) -> Part:
+        whole = token_losses(model, ids[replicate])
+        seed = config["seed"], replicate
+        if keys == 0:
+            chosen = {order: (order, budgets[order]) for order in POLICIES}
+        else:
+            chosen = {ANCHORED: (ANCHORED, keys)}
+        losses = {name: token_losses(model, ids[replicate], reading(*each, seed)) for name, each in chosen.items()}
+        table = _by_position(losses, config["edges"], whole)
+        table.insert(0, "replicate", replicate)
+        table.insert(1, "keys", keys)
+        means = {name: keys or np.mean(budgets[name]) for name in losses}
+        table.insert(3, "mean_keys", table["order"].map(means))
+        return Part(table)
+
+    units = [(r, keys) for r in range(config["replicates"]) for keys in (0, *config["keys"])]
+    return Plan(units, work, {**meta, "forecast_sha256": forecast.meta["sha256"]})
+
+
+_SHARED = {"corpus": "wikipedia-en", "context": 2048, "seed": 20_261_614}
+_EDGES = {"edges": [64, 128, 256, 512, 1024, 2048]}
+EXPERIMENTS = {
+    "language_model_loss": Experiment(
+        language_model_loss,
+        ("replicate", "keys"),
+        full={**_SHARED, **_EDGES, "keys": [16, 64, 256, 1024], "replicates": 8},
+        quick={"corpus": "scipy-docs", "context": 256, "edges": [64, 128, 256], "keys": [16, 64], "replicates": 2},
+        tolerance=1e-3,
+    ),
+    "language_model_forecast": Experiment(
+        language_model_forecast,
+        ("replicate",),
+        full={**_SHARED, "keys": [16, 64, 256, 1024], "queries": 16, "error": 0.1, "replicates": 8},
+        quick={"corpus": "scipy-docs", "context": 256, "keys": [16, 64], "queries": 8, "replicates": 2},
+        tolerance=1e-3,
+    ),
+    "language_model_budgets": Experiment(
+        language_model_budgets,
+        ("replicate", "keys"),
+        full={**_SHARED, **_EDGES, "keys": [16, 64, 256, 1024], "replicates": 4},
+        quick={"keys": [64], "replicates": 1},
+        tolerance=1e-3,
+    ),
+}
