@@ -1,0 +1,203 @@
+"""Attention over some of the keys inside a model: other models' windows, the probe's orders, planted faults."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import transformers
+
+from tokcx_lib import records, runtime
+from tokcx_lib.probe import policies
+from tokcx_lib.studies.language_model import answering, loss, loss_experiments
+from tokcx_lib.studies.language_model.answering import token_losses
+from tokcx_lib.studies.registry import EXPERIMENTS
+
+SIZES = dict(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+SIZES |= dict(intermediate_size=32, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.4)
+IDS = torch.randint(3, 99, (41,), generator=runtime.stream(1))
+
+
+def tiny(kind="Llama", **settings):
+    """A small model of random weights, as `token_losses` takes it; with one seed, all kinds have the same weights."""
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**SIZES | settings)).eval()
+    return SimpleNamespace(model=model, name=kind)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=runtime.stream(seed))
+
+
+def test_losses_are_those_of_the_model_with_its_head():
+    model = tiny()
+    whole = transformers.LlamaForCausalLM(model.model.config)
+    whole.model = model.model
+    whole.tie_weights()
+    with torch.no_grad():
+        expected = whole(IDS[None], labels=IDS[None]).loss.item()
+    assert token_losses(model, IDS).mean().item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("order", loss.ORDERS)
+def test_with_all_keys_the_loss_is_the_models_own(order, monkeypatch):
+    model, before = tiny(), None
+    own = token_losses(model, IDS)
+    for rows in (128, 16):
+        monkeypatch.setattr(loss, "ROWS", rows)
+        assert torch.allclose(token_losses(model, IDS, loss.reading(order, 40)), own, atol=1e-5)
+        fewer = token_losses(model, IDS, loss.reading(order, 7))
+        assert torch.allclose(fewer[:7], own[:7], atol=1e-5) and (fewer[7:] - own[7:]).abs().mean() > 0.01
+        if order in ("latest", "first_latest", "heaviest"):  # the draws are of a block of rows
+            assert before is None or torch.allclose(fewer, before, atol=1e-5)
+            before = fewer
+    assert model.model.config._attn_implementation != answering.NAME
+
+
+def windows_agree(keys):
+    """Whether the latest keys give the losses of a model with a sliding window of 7."""
+    slid = token_losses(tiny("Mistral", sliding_window=7), IDS)
+    return torch.allclose(
+        token_losses(tiny("Mistral", sliding_window=None), IDS, loss.reading("latest", keys)), slid, atol=1e-5
+    )
+
+
+def test_the_latest_keys_are_a_sliding_window():
+    assert windows_agree(7) and not windows_agree(6) and not windows_agree(8)
+
+
+def outputs_agree(order, counts, seed=(3,)):
+    """Whether outputs of one layer are those over the first keys of an order of `probe.policies`."""
+    q, k, v = normal(4, 40, 8), normal(2, 40, 8, seed=1), normal(2, 40, 8, seed=2)
+    found = loss.reading(order, [counts], seed)(0, q, k, v)
+    logits = q @ k.repeat_interleave(2, 0).mT
+    distance = torch.arange(40)[:, None] - torch.arange(40)
+    logits = logits.masked_fill(distance < 0, -math.inf)
+    draws = torch.rand(40, 40, generator=runtime.stream(*seed, 0, 0), dtype=torch.float64)
+    ranks = policies.shared_ranks((distance >= 0)[None], distance.float(), draws)
+    rank = policies.heaviest_ranks(logits) if order == "heaviest" else ranks[order]
+    read = (rank < torch.tensor(counts)[:, None, None]) & (distance >= 0)
+    expected = torch.softmax(logits.masked_fill(~read, -math.inf), -1) @ v.repeat_interleave(2, 0)
+    return torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", policies.POLICIES)
+def test_orders_are_those_of_the_probe(order):
+    for counts in ([7] * 4, [3, 40, 1, 12], [1] * 4):
+        assert outputs_agree(order, counts)
+
+
+FAULTS = {
+    "latest": ("read = distance < many\n", "read = distance <= many\n"),
+    "first_latest": ("distance < many - 1", "distance < many"),
+    "drawn": ("draws.masked_fill(distance < 0, 2.0)", "draws"),
+    "heaviest": ("nth_largest(logits, counts)", "nth_largest(logits, [n + 1 for n in counts])"),
+}
+
+
+@pytest.mark.parametrize("order", FAULTS)
+def test_a_planted_fault_is_seen(order, monkeypatch):
+    right, wrong = FAULTS[order]
+    source = open(loss.__file__).read()
+    assert source.count(right) == 1
+    exec(compile(source.replace(right, wrong), loss.__file__, "exec"), faulty := {"__name__": "faulty"})
+    monkeypatch.setattr(loss, "reading", faulty["reading"])
+    assert not outputs_agree(order, [7] * 4)
+
+
+def averaged(count=4000):
+    """Mean over draws of a late query's output over 8 anchored keys of 40 with equal weights, and over all."""
+    q, v = torch.zeros(1, 1, 8), normal(1, 40, 3, seed=2)
+    found = [loss._some_rows("anchored", q, torch.zeros(1, 40, 8), v, [8], (i,))[0, 0] for i in range(count)]
+    return torch.stack(found).mean(0), v[0].mean(0)
+
+
+def test_drawn_keys_beside_kept_ones_stand_for_those_that_are_not_drawn(monkeypatch):
+    mean, whole = averaged()
+    assert torch.allclose(mean, whole, atol=0.03)  # four standard errors
+    monkeypatch.setattr(loss, "_stands_for", lambda distance, places, counts: torch.zeros(1))
+    mean, whole = averaged(1000)  # planted: a kept key weighs as much as a drawn one
+    assert not torch.allclose(mean, whole, atol=0.06)
+
+
+def test_the_drawn_keys_are_as_many_as_asked_for_and_any():
+    distance = torch.arange(40)[None].flip(-1)
+    draws = torch.rand(3001, 1, 40, dtype=torch.float64, generator=runtime.stream(8))
+    read = torch.stack([loss.first_keys("drawn", distance, each, [8])[0, 0] for each in draws[1:]])
+    assert (read.sum(-1) == 8).all() and (read.double().mean(0) - 0.2).abs().max() < 0.04
+    anchored = loss.first_keys("anchored", distance, draws[0], [8])[0, 0]
+    assert anchored.sum() == 8 and anchored[0] and anchored[-1]
+
+
+def test_what_cannot_be_answered_is_refused():
+    with pytest.raises(ValueError, match="^order: expected one of drawn, latest, .* got 'newest'"):
+        loss.reading("newest", 3)
+    with pytest.raises(ValueError, match="^keys: expected an integer >= 3, got 2"):
+        loss.reading("anchored", 2)
+    with pytest.raises(ValueError, match="^keys: expected an integer >= 1, got 0"):
+        loss.reading("latest", [[1, 0]])
+    with pytest.raises(ValueError, match="^model: expected plain causal attention over one window, got "):
+        token_losses(tiny("Mistral", sliding_window=7), IDS, loss.reading("latest", 3))
+    with pytest.raises(ValueError, match="^model: expected one table for what goes in and out"):
+        token_losses(tiny(tie_word_embeddings=False), IDS)
+    with pytest.raises(ValueError, match="^ids: expected 2 or more, got 1"):
+        token_losses(tiny(), IDS[:1])
+    with pytest.raises(ValueError, match="^ids: expected integers from 0 to 98, got 3 to 99"):
+        token_losses(tiny(), torch.tensor([3, 99]))
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The experiments on a tiny model and tokens without meaning."""
+    model = tiny()
+    ids = torch.randint(3, 99, (3, 41), generator=runtime.stream(5))
+    monkeypatch.setattr(loss_experiments, "_opened", lambda *rest: (model, ids, {}))
+
+
+SMALL = {"context": 40, "keys": [8, 16], "replicates": 2}
+EDGES = {"edges": [8, 20, 40]}
+
+
+def planned(name, **more):
+    experiment = EXPERIMENTS[name]
+    return experiment, experiment.plan({**experiment.config("quick"), **SMALL, **more}, torch.device("cpu"))
+
+
+def alone(experiment, plan, unit):
+    once, again = (plan.work(*unit) for _ in range(2))
+    pd.testing.assert_frame_equal(once.table, again.table)
+    assert (once.table[list(experiment.keys)] == list(unit)).all(axis=None)
+    return once
+
+
+def test_units_of_the_loss_and_what_a_token_costs_more(opened):
+    experiment, plan = planned("language_model_loss", **EDGES)
+    assert plan.units == [(r, n) for r in (0, 1) for n in (8, 16, 40)]
+    parts = [alone(experiment, plan, unit) for unit in plan.units]
+    table = plan.finish(pd.concat([part.table for part in parts], ignore_index=True), [part.arrays for part in parts])
+    whole = table[table["order"] == loss_experiments.ALL].set_index(["replicate", "first"])["loss"]
+    more = table["loss"].to_numpy() - whole.loc[list(zip(table["replicate"], table["first"]))].to_numpy()
+    assert np.allclose(table["excess"], more, atol=1e-6)
+    assert (table[table["keys"] == 40]["excess_error"] == 0).all() and (table["tokens"].isin([12, 20])).all()
+    assert (table[table["keys"] == 8]["excess_error"] > 0).all()
+
+
+def test_units_of_the_forecast_and_of_heads_that_read_their_own_numbers(opened, monkeypatch):
+    experiment, plan = planned("language_model_forecast", replicates=3)
+    table = pd.concat([alone(experiment, plan, unit).table for unit in plan.units], ignore_index=True)
+    assert len(table) == 3 * 2 * 4 * 4 and (table["error_16"] <= table["error_8"] * 1.5).mean() > 0.9
+    budgets = loss_experiments.head_budgets(table, [1, 2])
+    assert np.array(budgets["latest"]).shape == (2, 4)
+    some = table.query("replicate > 0 and layer == 1 and head == 2 and order == 'latest'")["budget"]
+    assert budgets["latest"][1][2] == math.ceil(some.median())
+    # Told by heads alone, in an order that the model has in every layer but its first, whose input is unchanged.
+    meta = {"config": {"replicates": 3}, "sha256": "0"}
+    monkeypatch.setattr(records, "load", lambda name: SimpleNamespace(table=table, meta=meta))
+    experiment, plan = planned("language_model_budgets", replicates=1, **EDGES)
+    assert plan.units == [(0, 0), (0, 8), (0, 16)]
+    own, same = (alone(experiment, plan, unit).table for unit in plan.units[:2])
+    assert set(own["order"]) == set(policies.POLICIES) and set(same["order"]) == {"anchored"}
+    means = own.set_index("order")["mean_keys"]
+    assert means["latest"].iloc[0] == pytest.approx(np.mean(budgets["latest"])) and (same["mean_keys"] == 8).all()
