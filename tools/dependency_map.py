@@ -138,8 +138,8 @@ def box(chapter: int, title: str, at) -> str:
     )
 
 
-def legend(foot: float) -> list[str]:
-    """What colours and dashes mean, in one line at the foot."""
+def legend(foot: float) -> tuple[list[str], float]:
+    """What colours and dashes mean, in one line at the foot, and how far it goes."""
     found, x = [], 2
     for name, colour in PARTS.items():
         found.append(f'  <rect x="{x}" y="{foot - 13}" width="14" height="14" rx="3" {tint(colour)}/>')
@@ -150,7 +150,7 @@ def legend(foot: float) -> list[str]:
         found.append(f'  <path {line} marker-end="url(#tip)"/>')
         found.append(f'  <text x="{x + 66}" y="{foot - 1}" font-size="14">{name}</text>')
         x += 90 + 8 * len(name)
-    return found
+    return found, x - 24
 
 
 def svg() -> str:
@@ -158,8 +158,9 @@ def svg() -> str:
     titles = {n: re.search(r"^# \d+ · (.*)$", text, re.M)[1].replace("$", "") for n, text in texts.items()}
     shown = drawn(needs(texts))
     at = boxes(texts, shown)
-    width = max(x for x, _ in at.values()) + WIDTH + 2
     foot = max(y for _, y in at.values()) + HEIGHT + 40
+    words, end = legend(foot)
+    width = max(max(x for x, _ in at.values()) + WIDTH + 2, end)
     arrows = []
     for (a, b), whole in sorted(shown.items()):
         if (b, a) not in shown or a < b:
@@ -179,7 +180,7 @@ def svg() -> str:
             *(box(n, titles[n], at) for n in texts),
             "</g>",
             f'<g fill="{INK}">',
-            *legend(foot),
+            *words,
             "</g>",
             "</svg>",
             "",
