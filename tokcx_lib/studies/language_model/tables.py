@@ -1,0 +1,230 @@
+"""What chapter 14 reads off its records of heads: errors, slopes, phases, sinks, budgets, with intervals over windows.
+
+Windows are independent pieces of text, and heads are all the heads that there are: intervals are jackknives over
+windows, of medians or counts over heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+from scipy.interpolate import CubicSpline
+
+from tokcx_lib.probe.policies import LEVEL, POLICIES, Estimate, jackknife, keys_needed, whole
+from tokcx_lib.probe.queries import late_queries
+from tokcx_lib.theory import budgets as phases_of
+from tokcx_lib.theory import drawn_keys, softmax_law
+from tokcx_lib.validation import as_count, as_kind, as_list, as_positive
+
+PER_GROUP = 3  # query heads that share the keys of one key head
+LAWS = ("law", "twin", "twin_skewed")
+
+
+def cube(table: pd.DataFrame, column: str) -> tuple[np.ndarray, list[int]]:
+    """A column of `measures.window_table` as (windows, heads, lengths), at the lengths where it has numbers.
+
+    Heads are in the order of layers. ValueError unless the table has the column, and all rows of a grid.
+    """
+    table = as_kind("table", table, pd.DataFrame)
+    if column not in table:
+        raise ValueError(f"column: expected one of {', '.join(table)}, got {column!r}")
+    given = table.dropna(subset=[column]).sort_values(["window", "layer", "head", "n"])
+    shape = [given["window"].nunique(), len(given[["layer", "head"]].drop_duplicates()), given["n"].nunique()]
+    if math.prod(shape) != len(given):
+        raise ValueError(f"table: expected a row for each window, head and n, {math.prod(shape)}, got {len(given)}")
+    return given[column].to_numpy().reshape(shape), sorted(given["n"].unique().tolist())
+
+
+def _typical(array: np.ndarray) -> np.ndarray:
+    """Root mean square over windows, then the median over heads: (lengths,)."""
+    return np.median(np.sqrt(np.square(array).mean(0)), 0)
+
+
+def median_errors(table: pd.DataFrame, columns: Sequence[str] = POLICIES) -> pd.DataFrame:
+    """Errors of the median head, root mean squares over windows, with their intervals over windows.
+
+    Returns
+    -------
+    DataFrame, one row for each column and n where it is not zero: error, n, value, low, high; and head_10, head_90, the
+    range of the heads between them.
+    """
+    rows = []
+    for column in as_list("columns", columns):
+        array, lengths = cube(table, column)
+        heads = np.sqrt(np.square(array).mean(0))
+        for place, n in enumerate(lengths):
+            if not (array[:, :, place] > 0).any():
+                continue
+            found = jackknife(lambda part, place=place: _typical(part)[place], array)
+            rows.append((column, n, *found, *np.quantile(heads[:, place], [0.1, 0.9])))
+    return pd.DataFrame(rows, columns=["error", "n", "value", "low", "high", "head_10", "head_90"])
+
+
+def _plain(measure: Callable[[np.ndarray], float], windows: np.ndarray) -> Estimate:
+    """A number of any sign, with its jackknife interval."""
+    value, count = measure(windows), len(windows)
+    if count < 2:
+        return Estimate(value, math.nan, math.nan)
+    left = np.array([measure(np.delete(windows, out, axis=0)) for out in range(count)])
+    deviation = math.sqrt((count - 1) / count * np.square(left - left.mean()).sum())
+    reach = stats.t.ppf((1 + LEVEL) / 2, count - 1) * deviation
+    return Estimate(value, value - reach, value + reach)
+
+
+def slope(table: pd.DataFrame, column: str, first: int, last: int) -> Estimate:
+    """Exponent b of the median head's error n^-b between two lengths, with its interval over windows."""
+    array, lengths = cube(table, column)
+    if first not in lengths or last not in lengths or first >= last:
+        raise ValueError(
+            f"first, last: expected two of {', '.join(map(str, lengths))}, increasing, got {first}, {last}"
+        )
+    ends = array[:, :, [lengths.index(first), lengths.index(last)]]
+
+    def measure(part: np.ndarray) -> float:
+        few, many = _typical(part)
+        return math.log(few / many) / math.log(last / first)
+
+    return _plain(measure, ends)
+
+
+def slopes(table: pd.DataFrame, columns: Sequence[str], lengths: Sequence[int]) -> pd.DataFrame:
+    """Local exponents between successive lengths: one row each, for every column its value, and low and high."""
+    rows = []
+    for first, last in zip(lengths, lengths[1:]):
+        row = {"from": first, "to": last}
+        for column in columns:
+            value, low, high = slope(table, column, first, last)
+            row |= {column: value, f"{column}_low": low, f"{column}_high": high}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def against_law(table: pd.DataFrame, measured: str = "rest", law: str = "law") -> pd.DataFrame:
+    """Measured error over a predicted one, head by head: by n the median over heads, its interval over windows, the
+    range of 8 of 10 heads, and the share of heads within a fifth (ratio 0.8 to 1.25)."""
+    top, lengths = cube(table, measured)
+    bottom, _ = cube(table, law)
+    rows = []
+    for place, n in enumerate(lengths):
+        both = np.stack([top[:, :, place], bottom[:, :, place]], -1)
+
+        def ratios(part: np.ndarray) -> np.ndarray:
+            squares = np.square(part).mean(0)
+            return np.sqrt(squares[:, 0] / squares[:, 1])
+
+        heads = ratios(both)
+        found = jackknife(lambda part: float(np.median(ratios(part))), both)
+        within = float(((heads > 0.8) & (heads < 1.25)).mean())
+        rows.append((n, *found, *np.quantile(heads, [0.1, 0.9]), within))
+    return pd.DataFrame(rows, columns=["n", "value", "low", "high", "head_10", "head_90", "within"])
+
+
+def phases(table: pd.DataFrame) -> pd.DataFrame:
+    """Queries that have n keys, by n: medians over heads of load, reduced load and effective tokens; how many heads
+    average, or are frozen; and of n drawn keys of late queries the load and the effective tokens.
+
+    Loads and effective tokens leave the first position out, but for `effective_all`. `load_low` and `load_high`:
+    interval over windows; `load_10` and `load_90`: range of 8 of 10 heads.
+    """
+    load, lengths = cube(table, "load")
+    rest, every = cube(table, "effective_rest")[0], cube(table, "effective")[0]
+    past, shorter = cube(table, "past_load")
+    drawn = cube(table, "past_effective")[0]
+    rows = []
+    for place, n in enumerate(lengths):
+        heads = np.median(load[:, :, place], 0)
+        value, low, high = jackknife(lambda part: float(np.median(np.median(part, 0))), load[:, :, place])
+        kinds = [phases_of.phase(s, n) for s in heads]
+        row = {"n": n, "load": value, "load_low": low, "load_high": high}
+        row |= dict(zip(("load_10", "load_90"), np.quantile(heads, [0.1, 0.9])))
+        row |= {"reduced": value / math.sqrt(2 * math.log(n)), "averaging": kinds.count("averaging")}
+        row |= {"frozen": kinds.count("frozen"), "effective": np.median(np.median(rest[:, :, place], 0))}
+        row |= {"effective_all": np.median(np.median(every[:, :, place], 0))}
+        late = n in shorter
+        row |= {"past_load": np.median(np.median(past[:, :, shorter.index(n)], 0)) if late else value}
+        row |= {"past_effective": np.median(np.median(drawn[:, :, shorter.index(n)], 0)) if late else row["effective"]}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def sinks(table: pd.DataFrame) -> pd.DataFrame:
+    """Late queries, a row for each head: layer, head, share_first, load, skew, effective tokens of all keys, of all but
+    the first, and of as many Gaussian keys with that load (`law`). Medians over windows, of the share the mean."""
+    context = as_kind("table", table, pd.DataFrame)["n"].max()
+    late = table[table["n"] == context].groupby(["layer", "head"])
+    found = late[["load", "skew", "effective", "effective_rest", "along"]].median()
+    found["share_first"] = late["share_first"].mean()
+    found["share_near"] = late["share_near"].mean()
+    found["law"] = 1 / softmax_law.softmax_moments(float(context), found["load"].to_numpy()).participation
+    return found.reset_index()
+
+
+def median_keys(context: int, queries: int) -> float:
+    """How many keys the median late query of a window has: the upper one of two medians."""
+    rows = late_queries(range(as_count("context", context, least=2)), True, as_count("queries", queries))
+    return float(np.quantile(rows.numpy() + 1, 0.5, method="higher"))
+
+
+def budgets(table: pd.DataFrame, queries: int, error: float = 0.1) -> pd.DataFrame:
+    """Keys that each head needs under each policy, in the form of `probe.context`, for `probe.summary.summary`.
+
+    Parameters
+    ----------
+    table : of one text; queries : late ones in each window; error : root mean square, in units of the spread of the
+        values.
+    """
+    error = as_positive("error", error)
+    arrays = {policy: cube(table, policy) for policy in POLICIES}
+    lengths = arrays[POLICIES[0]][1]
+    keys = median_keys(lengths[-1], queries)
+    fewer = [n for n in lengths if n < keys]
+    late = sinks(table)
+    found = late[["layer", "head", "load", "effective", "share_first"]].copy()
+    found["group"], found["keys"] = found["head"] // PER_GROUP, keys
+    found["reduced"] = found["load"] / math.sqrt(2 * math.log(keys))
+    found["phase"] = [phases_of.phase(s, keys) for s in found["load"]]
+    found["load_64"] = found["load"]  # says that queries look back
+    windows = len(arrays[POLICIES[0]][0])
+    left_out = np.zeros((windows, len(found), len(POLICIES)))
+    for column, policy in enumerate(POLICIES):
+        squares = np.square(arrays[policy][0][:, :, : len(fewer)])
+        squares = np.pad(squares, ((0, 0), (0, 0), (0, 1)))
+
+        def needed(part: np.ndarray) -> list[float]:
+            return [keys_needed([*fewer, int(keys)], head, error) for head in part.mean(0)]
+
+        found[f"keys_{policy}"] = np.clip([whole(k) for k in needed(squares)], 1, keys)
+        for out in range(windows if windows > 1 else 0):
+            left_out[out, :, column] = needed(np.delete(squares, out, axis=0))
+    found.attrs["left_out"] = left_out.tolist() if windows > 1 else []
+    return found
+
+
+def matched_law(table: pd.DataFrame, queries: int) -> pd.DataFrame:
+    """The law of drawn keys at the load with which as many Gaussian keys have the effective tokens that were measured.
+
+    Beside the measured errors of the rest: `matched`, that law, and `first_order`, sqrt((N/n - 1) / effective tokens).
+
+    Returns
+    -------
+    DataFrame: window, layer, head, n, rest, matched, first_order, at the n where `rest` was measured.
+    """
+    table = as_kind("table", table, pd.DataFrame)
+    context = int(table["n"].max())
+    total = median_keys(context, queries) - 1  # without the first position
+    late = table[table["n"] == context].set_index(["window", "layer", "head"])["effective_rest"]
+    loads = np.linspace(0, 12, 241)  # beyond, one key has all the weight
+    falling = 1 / softmax_law.softmax_moments(total, loads).participation
+    load = pd.Series(np.interp(np.log(late), np.log(falling[::-1]), loads[::-1]), late.index)
+    found = table.dropna(subset=["rest"])[["window", "layer", "head", "n", "rest"]]
+    at = pd.MultiIndex.from_frame(found[["window", "layer", "head"]])
+    lengths, nodes = sorted(found["n"].unique()), loads[::8]
+    laws = np.sqrt([drawn_keys.drawn_error(lengths, total, s).rest for s in nodes])
+    matched = pd.DataFrame(CubicSpline(nodes, laws)(load), load.index, lengths).reindex(at).to_numpy()
+    place = np.searchsorted(lengths, found["n"])
+    first = np.sqrt((total / found["n"] - 1) / late.reindex(at).to_numpy())
+    return found.assign(matched=matched[np.arange(len(found)), place], first_order=first)
