@@ -35,7 +35,7 @@ def test_who_may_import_whom():
     [
         ("theory/laws.py", "from tokcx_lib.sampling import fits"),
         ("sampling/fits.py", "from tokcx_lib.models import corpora"),
-        ("studies/sharp.py", "from tokcx_lib.studies import coverage"),
+        ("studies/sharp/experiments.py", "from tokcx_lib.studies import coverage"),
         ("records.py", "from tokcx_lib import plots"),
     ],
 )

@@ -3,7 +3,7 @@
 Each room of `studies` holds the experiments of one subject; this module puts them together, by name.
 """
 
-from tokcx_lib.studies import bounded, coverage, exact, gaussian, sharp
+from tokcx_lib.studies import bounded, coverage, exact, gaussian
 from tokcx_lib.studies.causal_rotary import experiments as causal_rotary
 from tokcx_lib.studies.depth import experiments as depth
 from tokcx_lib.studies.downstream import experiments as downstream
@@ -13,6 +13,7 @@ from tokcx_lib.studies.real_heads import experiments as real_heads
 from tokcx_lib.studies.real_heads import token_experiments as real_tokens
 from tokcx_lib.studies.runs import Experiment
 from tokcx_lib.studies.scaling import experiments as scaling
+from tokcx_lib.studies.sharp import experiments as sharp
 from tokcx_lib.studies.sparse import experiments as sparse
 
 _TOPICS = (

@@ -47,6 +47,23 @@ def sharp_rate(config: dict, device) -> Plan:
     return Plan(_blocks(config), work)
 
 
+def sharp_verdicts(config: dict, device) -> Plan:
+    """Mean of scalar self-attention over n standard normal tokens, many times: what a test of the limit law is fed.
+
+    Tokens at different n are independent; horizons share them.
+    """
+
+    def work(n: int, block: int) -> Part:
+        numbers = _replicates(config, block)
+        draws = [binned.draw(n, runtime.stream(config["seed"], n, r), config["bins"]) for r in numbers]
+        rows = []
+        for H, found in zip(config["horizons"], binned.self_attention(draws, config["horizons"])):
+            rows += [(n, block, H, r, mean) for r, mean in zip(numbers, found.mean.tolist())]
+        return Part(pd.DataFrame(rows, columns=["n", "block", "horizon", "replicate", "mean"]))
+
+    return Plan(_blocks(config), work)
+
+
 def sharp_lift(config: dict, device) -> Plan:
     """Scalar self-attention given that one token lies beyond L = sqrt(2 log n), and all others within (-L, L).
 
@@ -105,6 +122,19 @@ EXPERIMENTS = {
             "seed": 20_261_000,
         },
         quick={"lengths": [10**4, 10**6, 10**8], "replicates": 50},
+    ),
+    "sharp_verdicts": Experiment(
+        sharp_verdicts,
+        ("n", "block"),
+        full={
+            "horizons": [0.5, 0.8, 1.2, 1.5, 2.0],
+            "lengths": [10**6],
+            "replicates": 8000,
+            "block": 50,
+            "bins": 2000,
+            "seed": 20_261_300,
+        },
+        quick={"replicates": 200},
     ),
     "sharp_lift": Experiment(
         sharp_lift,
