@@ -202,7 +202,7 @@ def test_one_unit_of_each_run(name):
 
 
 def test_lengths_with_fewer_replicates():
-    config = {**EXPERIMENTS["causal_stable"].config("full"), "replicates": 50, "fewer": {"10000": 21}, "block": 20}
+    config = {**EXPERIMENTS["causal_stable"].config("full"), "replicates": 50, "fewer": {"4000": 21}, "block": 20}
     plan = EXPERIMENTS["causal_stable"].plan(config, torch.device("cpu"))
-    assert [unit for unit in plan.units if unit[0] == 10_000] == [(10_000, 0), (10_000, 1)]
-    assert plan.meta == {"replicates": "50, 21 at n = 10000"}
+    assert [unit for unit in plan.units if unit[0] == 4000] == [(4000, 0), (4000, 1)]
+    assert plan.meta == {"replicates": "50, 21 at n = 4000"}

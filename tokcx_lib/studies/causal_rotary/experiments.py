@@ -131,13 +131,13 @@ EXPERIMENTS = {
         ("n", "block"),
         full={
             "horizons": [1.1, 1.2, 1.5],
-            "lengths": [1000, 10_000, 100_000],
-            "replicates": 3000,
-            "fewer": {"10000": 1200, "100000": 200},
-            "block": 20,
+            "lengths": [1000, 4000],
+            "replicates": 6000,
+            "fewer": {"4000": 4000},
+            "block": 200,
             "seed": 20_261_310,
         },
-        quick={"lengths": [300, 1000], "replicates": 100},
+        quick={"lengths": [300, 1000], "replicates": 100, "block": 50},
     ),
     "serial_means": Experiment(
         serial_means,
