@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import optimize, special, stats
 
 from tokcx_lib.sampling import binned
 from tokcx_lib.studies import scaling as room
@@ -113,19 +114,32 @@ def test_the_exponent_for_normal_logits_is_that_of_chapter_9():
 
 
 def test_the_sphere_is_critical_at_its_power_of_n():
-    for dim in (5, 7, 9):
-        n = np.geomspace(1e3, 1e5, 3)
-        law = laws.UniformSphere(dim, 1.0)
-        at = softmax_law.softmax_moments(n, scaling.sphere_scaling(n, dim), law).participation
-        if dim == 5:
-            assert at[-1] == pytest.approx(at[-2], rel=0.05)  # settles
-        below = softmax_law.softmax_moments(n, scaling.sphere_scaling(n, dim) ** 0.9, law).participation
-        assert (np.diff(np.log(below)) < 1.3 * np.diff(np.log(at))).all() and below[-1] < 0.8 * at[-1]
-    # One key is expected in the cap.
-    for dim in (3, 8):
-        n, drawn = 2000.0, laws.UniformSphere(dim, 1.0).sample(400_000, 0)[:, 0]
-        inside = (1 - drawn < 1 / float(scaling.sphere_scaling(n, dim))).double().mean() * n
-        assert inside == pytest.approx(1, abs=0.35)
+    law = laws.UniformSphere(5, 1.0)
+    n = np.geomspace(1e2, 1e4, 3)
+    at, below = (softmax_law.softmax_moments(n, scaling.sphere_scaling(n, 5) ** power, law).participation
+                 for power in (1.0, 0.8))  # fmt: skip
+    assert at[-1] == pytest.approx(at[-2], rel=0.03) and at[-1] > 0.2
+    assert (np.diff(np.log(below)) < -0.4).all()  # with the exponent shifted, it thaws
+    growth = np.diff(np.log(scaling.sphere_scaling([1e100, 1e102], 5))) / math.log(100)
+    assert growth == pytest.approx(2 / 4)
+    assert np.diff(np.log(scaling.sphere_scaling([1e200, 1e202], 9))) / math.log(100) == pytest.approx(2 / 8)
+
+
+def test_the_sphere_is_normal_in_many_dimensions():
+    for n in (100.0, 1e6):
+        x = stats.norm.isf(1 / n)
+        hazard = stats.norm.pdf(x) * n
+        assert scaling.sphere_scaling(n, 100_000) / math.sqrt(100_000) == pytest.approx(hazard, rel=1e-3)
+        assert scaling.sphere_scaling(n, 8) / math.sqrt(8) > 1.2 * hazard
+
+
+def test_the_sphere_is_the_slope_of_its_tail():
+    for dim, n in ((2, 50.0), (3, 1e3), (6, 40.0), (64, 1e6)):
+        k = (dim - 1) / 2
+        tail = lambda x: -np.log(special.betainc(k, 0.5, 1 - x**2) / 2)  # noqa: B023, E731
+        x = optimize.brentq(lambda x: tail(x) - math.log(n), 1e-9, 1 - 1e-4, xtol=1e-15)
+        slope = (tail(x + 1e-7) - tail(x - 1e-7)) / 2e-7
+        assert slope == pytest.approx(float(scaling.sphere_scaling(n, dim)), rel=1e-4)
 
 
 def test_shares_are_at_least_the_bound_and_the_bound_is_attained():

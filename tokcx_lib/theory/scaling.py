@@ -1,7 +1,7 @@
 """Logits that are multiplied by a factor that grows with the context: deployed scalings, and where they are critical.
 
 A scaling multiplies every logit of a query by a factor gamma_n of its number of keys n, and so its load. To be
-compared, all are written for a model that was trained at some length, the `anchor` L, at which (or up to which) the
+compared, all are written for a model that was trained at some length, the `anchor` n_0, at which (or up to which) the
 factor is 1. What a factor does depends on the upper tail of the logits, which `critical_scaling` knows for tails of the
 form P(logit > x) = e^{-x^p / p}, p = 2 being normal logits of load one, and `sphere_scaling` for keys on a sphere.
 Beyond the critical factor a query attends to a few of its keys, however many there are. Derivations: chapter 15.
@@ -12,24 +12,25 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.special import gammaln
+from scipy.special import betaincinv, betaln
 
 from tokcx_lib.theory.softmax_law import MOST_TOKENS
 from tokcx_lib.validation import as_array, as_broadcast, as_choice, as_count, as_number, as_positive
 
+MOST_DIM = 10**6
 SCHEMES = ("none", "root", "llama4", "yarn", "log", "qwen", "square")
-"""Scalings that `factor` knows; "log" is that of SSMax, with its own constant chosen as 1 / log L."""
+"""Scalings that `factor` knows; "log" is that of SSMax, with its own constant chosen as 1 / log n_0."""
 
 
 def factor(scheme: str, n, anchor: float) -> np.ndarray:
-    """What a scaling multiplies the logits of a query with n keys by, in a model trained at the length L, the anchor.
+    """What a scaling multiplies the logits of a query with n keys by, in a model trained at n_0, the anchor.
 
     Parameters
     ----------
     scheme :
-        ``none``: 1. ``root``: sqrt(log n / log L), which keeps the reduced load. ``log``: log n / log L. ``qwen``: the
-        same from L on, 1 before. ``yarn``: (1 + log(n / L) / 10)^2 from L on, 1 before: queries *and* keys are
-        multiplied by the root. ``llama4``: 1 + log(1 + floor(n / L)) / 10. ``square``: (log n / log L)^2.
+        ``none``: 1. ``root``: sqrt(log n / log n_0), which keeps the reduced load. ``log``: log n / log n_0. ``qwen``:
+        the same from n_0 on, 1 before. ``yarn``: (1 + log(n / n_0) / 10)^2 from n_0 on, 1 before: queries *and* keys
+        are multiplied by the root. ``llama4``: 1 + log(1 + floor(n / n_0)) / 10. ``square``: (log n / log n_0)^2.
     n : numbers of keys, real, from 1 to 1e250; anchor : more than 1.
 
     Returns
@@ -75,10 +76,10 @@ def reduced_load(load, n) -> np.ndarray:
 
 
 def freezing_length(load: float, anchor: float) -> float:
-    """Keys at which a query of load s at the length L freezes if its logits grow like log n: e^{2 (log L / s)^2}.
+    """Keys at which a query of load s at n_0 freezes if its logits grow like log n: e^{2 (log n_0 / s)^2}.
 
-    That is L^(1 / sigma^2), sigma its reduced load at L. Infinite where that overflows. Without a scaling it *thaws* at
-    L^(sigma^2) = e^{s^2 / 2} keys (`budgets.token_budget`).
+    That is n_0^(1 / sigma^2), sigma its reduced load at n_0. Infinite where that overflows. Without a scaling it
+    *thaws* at n_0^(sigma^2) = e^{s^2 / 2} keys (`budgets.token_budget`).
 
     Raises
     ------
@@ -148,26 +149,31 @@ def _power(power: float) -> float:
 
 
 def sphere_scaling(n, dim: int) -> np.ndarray:
-    """The factor at which one of n keys, uniform on the unit sphere, is expected within 1 / factor of the best logit.
+    """The critical factor for n keys that are uniform on the unit sphere, and a query of length one.
 
-    A query of length one has the logit <u, y>, and P(1 - <u, y> < e) = c e^{(d-1)/2} to leading order: the factor is
-    (c n)^{2/(d-1)}, a power of n. Infinite where that overflows.
+    As in `critical_scaling`, the slope I'(x) where n P(<u, y> > x) = 1: the density of <u, y> there over its tail. For
+    n -> infinity it is k (c n)^{1/k}, k = (d - 1)/2, a power of n, where P(1 - <u, y> < e) = c e^k to leading order; as
+    long as log n is well below d/2 it is near that of normal logits of the same variance 1/d, sqrt(2 d log n).
 
     Parameters
     ----------
-    n : numbers of keys, real, from 1 to 1e250; dim : d, from 2 on.
+    n : numbers of keys, real, from 2 to 1e250; dim : d, from 2 on.
+
+    Returns
+    -------
+    Array of the shape of n, infinite where that overflows
 
     Raises
     ------
     ValueError
         If a number is out of range.
 
-    Source: chapter 15; Bruno, Chen, Lin, Polyanskiy and Rigollet, arXiv:2605.08505, for the exponent.
+    Source: chapter 15; Bruno, Rigollet, Chen, Polyanskiy and Lin, arXiv:2605.08505, for the exponent 2/(d-1).
     """
-    n, k = as_array("n", n, 1, MOST_TOKENS), (as_count("dim", dim, least=2) - 1) / 2
-    log_c = (k - 1) * math.log(2) - math.log(k) + gammaln(k + 0.5) - gammaln(k) - math.log(math.pi) / 2
-    with np.errstate(over="ignore"):
-        return np.exp((np.log(n) + log_c) / k)
+    n, k = as_array("n", n, 2, MOST_TOKENS), (as_count("dim", dim, least=2, most=MOST_DIM) - 1) / 2
+    rest = betaincinv(k, 0.5, 2 / n)  # 1 - x^2
+    with np.errstate(over="ignore", divide="ignore"):
+        return np.exp(np.log(n) + (k - 1) * np.log(rest) - betaln(k, 0.5))
 
 
 def share_bound(spread) -> np.ndarray:

@@ -235,7 +235,7 @@ EXPERIMENTS = {
         scaling_heads,
         ("model", "piece"),
         {
-            "pieces": {EMBEDDED: 3, LANGUAGE: 3},
+            "pieces": {EMBEDDED: 2, LANGUAGE: 2},
             "lengths": {EMBEDDED: [128, 512, 2048, 8192, 32_768], LANGUAGE: [128, 512, 2048, 8192]},
             "queries": 24,
             "anchor": 512,
