@@ -25,9 +25,13 @@ FORECAST = "language_model_forecast"
 
 
 @lru_cache(maxsize=1)
+def _model(device: torch.device) -> TextModel:
+    return load_model(LANGUAGE, device)
+
+
 def _opened(device: torch.device, corpus: str, context: int, count: int, seed: int) -> tuple[TextModel, Tensor, dict]:
     """The model, windows of `context` tokens and the one after them (count, context + 1), and what a record says."""
-    model = load_model(LANGUAGE, device)
+    model = _model(device)
     ids, texts = whole_windows(model, corpus, context + 1, count, seed)
     return model, ids, {"texts": texts, **model.provenance}
 
