@@ -49,6 +49,7 @@ MODULES_ELSEWHERE = {
     "pages": "writes pages",
     "peer": "measures, for minutes",
     "plan": "takes models",
+    "planes": "takes models",
     "plots": "draws",
     "policies": "takes what attention was seen to read",
     "pooled": "takes models and texts",

@@ -153,7 +153,7 @@ def opened(monkeypatch):
     """The experiments on a tiny model and tokens without meaning."""
     model = tiny()
     ids = torch.randint(3, 99, (3, 41), generator=runtime.stream(5))
-    monkeypatch.setattr(loss_experiments, "_opened", lambda *rest: (model, ids, {}))
+    monkeypatch.setattr(loss_experiments, "opened", lambda *rest: (model, ids, {}))
 
 
 SMALL = {"context": 40, "keys": [8, 16], "replicates": 2}

@@ -9,6 +9,7 @@ from tokcx_lib.studies.depth import experiments as depth
 from tokcx_lib.studies.downstream import experiments as downstream
 from tokcx_lib.studies.language_model import head_experiments as language_model_heads
 from tokcx_lib.studies.language_model import loss_experiments as language_model_loss
+from tokcx_lib.studies.language_model import plane_experiments as language_model_planes
 from tokcx_lib.studies.real_heads import experiments as real_heads
 from tokcx_lib.studies.real_heads import token_experiments as real_tokens
 from tokcx_lib.studies.runs import Experiment
@@ -26,6 +27,7 @@ _TOPICS = (
     gaussian,
     language_model_heads,
     language_model_loss,
+    language_model_planes,
     real_heads,
     real_tokens,
     scaling,

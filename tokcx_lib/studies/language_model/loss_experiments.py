@@ -29,10 +29,14 @@ def _model(device: torch.device) -> TextModel:
     return load_model(LANGUAGE, device)
 
 
-def _opened(device: torch.device, corpus: str, context: int, count: int, seed: int) -> tuple[TextModel, Tensor, dict]:
-    """The model, windows of `context` tokens and the one after them (count, context + 1), and what a record says."""
+def opened(device: torch.device, config: dict) -> tuple[TextModel, Tensor, dict]:
+    """The model, as many windows as replicates, and what a record says of them.
+
+    Windows (replicates, context + 1) have one token more than is read: the last one is predicted.
+    """
     model = _model(device)
-    ids, texts = whole_windows(model, corpus, context + 1, count, seed)
+    sizes = config["context"] + 1, config["replicates"]
+    ids, texts = whole_windows(model, config["corpus"], *sizes, config["seed"])
     return model, ids, {"texts": texts, **model.provenance}
 
 
@@ -59,7 +63,7 @@ def language_model_loss(config: dict, device) -> Plan:
     on, up to the next edge, and standard_error is over these tokens as if they were independent. With keys = context
     every key is read. In the table, excess is what a token costs more than then, with the error of that difference.
     """
-    model, ids, meta = _opened(device, *(config[key] for key in ("corpus", "context", "replicates", "seed")))
+    model, ids, meta = opened(device, config)
 
     def work(replicate: int, keys: int) -> Part:
         if keys == config["context"]:
@@ -92,7 +96,7 @@ def language_model_forecast(config: dict, device) -> Plan:
     mean square error over n keys in units of the spread of the values; keys, the number from which on it is at most
     `error`. Every head reads what it reads in the whole model, so errors do not come on top of each other.
     """
-    model, ids, meta = _opened(device, *(config[key] for key in ("corpus", "context", "replicates", "seed")))
+    model, ids, meta = opened(device, config)
     context, lengths = config["context"], lengths_up_to(config["context"])
     rows = torch.linspace(context // 2, context - 1, config["queries"]).round().long()
 
@@ -134,7 +138,7 @@ def language_model_budgets(config: dict, device) -> Plan:
     forecast = records.load(FORECAST)
     others = forecast.meta["config"]["replicates"]
     budgets = head_budgets(forecast.table, list(range(config["replicates"], others)))
-    model, ids, meta = _opened(device, config["corpus"], config["context"], others, config["seed"])
+    model, ids, meta = opened(device, config)
 
     def work(replicate: int, keys: int) -> Part:
         whole = token_losses(model, ids[replicate])
