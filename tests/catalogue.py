@@ -81,6 +81,7 @@ MODULES_ELSEWHERE = {
             "gaussian",
             "head_experiments",
             "loss_experiments",
+            "plane_experiments",
             "token_experiments",
         ),
         "runs experiments, for minutes",
