@@ -177,11 +177,20 @@ def test_scaled_attention_is_softmax():
 
 
 def test_binned_tokens_have_the_participation_of_the_exact_law():
-    for n, load in ((1000, 1.0), (10_000, 2.0), (10**6, 2.5)):
-        drawn = [scaled.binned_participation(binned.draw(n, seed), load) for seed in range(40)]
-        exact = float(softmax_law.softmax_moments(n, load).participation)
-        error = np.std(drawn) / math.sqrt(len(drawn))
-        assert abs(np.mean(drawn) - exact) < 4 * error and error < 0.2 * exact
+    for n, load in ((1000, 1.0), (10_000, 2.0), (10**6, 3.0), (10**6, 6.0), (10**6, 10.0)):
+        drawn = [binned.draw(n, seed) for seed in range(40)]
+        means = [scaled.mean_participation(tokens, load) for tokens in drawn]
+        exact = float(softmax_law.softmax_moments(n + 1, load).participation)
+        error = np.std(means) / math.sqrt(len(means))
+        assert abs(np.mean(means) - exact) < 4 * error + 1e-3 * exact and error < 0.2 * exact
+        # Off by more than its error where the load is, by a tenth.
+        assert n > 1e5 or abs(np.mean(means) / softmax_law.softmax_moments(n, 1.1 * load).participation - 1) > 0.05
+    plain = [scaled.binned_participation(tokens, 0.8) for tokens in drawn]
+    assert np.mean(plain) == pytest.approx(float(softmax_law.softmax_moments(10**6, 0.8).participation), rel=0.01)
+    one = binned.draw(1000, 3)
+    y = torch.cat([one.points.repeat_interleave(one.counts.long()), one.outer])
+    by_hand = torch.softmax(1.7 * y, 0).square().sum().item()
+    assert scaled.binned_participation(one, 1.7) == pytest.approx(by_hand)
 
 
 def test_the_law_beside_real_heads_is_the_exact_one():

@@ -236,7 +236,7 @@ EXPERIMENTS = {
         ("model", "piece"),
         {
             "pieces": {EMBEDDED: 2, LANGUAGE: 2},
-            "lengths": {EMBEDDED: [128, 512, 2048, 8192, 32_768], LANGUAGE: [128, 512, 2048, 8192]},
+            "lengths": {EMBEDDED: [128, 512, 2048, 8192, 16_384], LANGUAGE: [128, 512, 2048, 8192]},
             "queries": 24,
             "anchor": 512,
             "seed": 20_261_500,
