@@ -45,6 +45,7 @@ MODULES_ELSEWHERE = {
     "layers": "takes models",
     "loading": "takes folders of models",
     "loss": "takes what attention was seen to read",
+    "loss_tables": "takes what was measured",
     "measures": "takes models",
     "pages": "writes pages",
     "peer": "measures, for minutes",

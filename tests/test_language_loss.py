@@ -11,7 +11,7 @@ import transformers
 
 from tokcx_lib import records, runtime
 from tokcx_lib.probe import policies
-from tokcx_lib.studies.language_model import answering, loss, loss_experiments
+from tokcx_lib.studies.language_model import answering, loss, loss_experiments, loss_tables
 from tokcx_lib.studies.language_model.answering import token_losses
 from tokcx_lib.studies.registry import EXPERIMENTS
 
@@ -201,3 +201,75 @@ def test_units_of_the_forecast_and_of_heads_that_read_their_own_numbers(opened, 
     assert set(own["order"]) == set(policies.POLICIES) and set(same["order"]) == {"anchored"}
     means = own.set_index("order")["mean_keys"]
     assert means["latest"].iloc[0] == pytest.approx(np.mean(budgets["latest"])) and (same["mean_keys"] == 8).all()
+
+
+# ---------------------------------------------------------------- tables
+
+
+def table_of(excess, replicates=4):
+    """A table of losses: excess (order, keys) -> nats, the same in each article but for a known spread."""
+    rows = [
+        {
+            "replicate": r,
+            "order": order,
+            "keys": keys,
+            "first": first,
+            "tokens": tokens,
+            "excess": nats + 0.1 * (r - 1.5),
+        }
+        for (order, keys), nats in excess.items()
+        for r in range(replicates)
+        for first, tokens in ((512, 512), (1024, 512), (1536, 512))
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_costs_are_means_over_articles():
+    found = loss_tables.costs(table_of({("latest", 16): 2.0, ("latest", 64): 1.0}))
+    assert found["excess"].to_dict() == pytest.approx({("latest", 16): 2.0, ("latest", 64): 1.0})
+    spread = 0.1 * np.std(np.arange(4), ddof=1)
+    assert found["half"].iloc[0] == pytest.approx(spread / 2 * 3.1824, rel=1e-4)  # Student, 3 degrees of freedom
+    assert found["factor"].iloc[1] == pytest.approx(math.e) and (found["articles"] == 4).all()
+    assert math.isnan(loss_tables.costs(table_of({("latest", 16): 2.0}, 1))["half"].iloc[0])
+    with pytest.raises(ValueError, match="^first: expected at most 1536, got 2048"):
+        loss_tables.costs(table_of({("latest", 16): 2.0}), 2048)
+
+
+def test_enough_keys_are_read_between_those_measured():
+    curve = pd.Series([4.0, 1.0, 0.25], index=[16, 64, 256])
+    assert loss_tables.enough(curve, 0.5) == pytest.approx(128) and loss_tables.enough(curve, 5.0) == 16
+    assert math.isnan(loss_tables.enough(curve, 0.1))
+
+
+def test_forecasts_and_how_far_they_agree():
+    heads = [(0, 0.05), (1, 0.2), (2, 0.4)]
+    rows = [
+        {
+            "replicate": r,
+            "layer": 0,
+            "head": h,
+            "order": order,
+            "budget": 10 * (h + 1),
+            "error_16": e * f,
+            "error_64": e,
+        }
+        for order, f in (("latest", 2.0), ("heaviest", 1.5))
+        for h, e in heads
+        for r in (0, 1)
+    ]
+    forecast = pd.DataFrame(rows)
+    found = loss_tables.forecasts(forecast)
+    assert found.loc[("latest", 64), "median"] == pytest.approx(0.2)
+    assert found.loc[("latest", 16), "rms"] == pytest.approx(2 * math.sqrt((0.05**2 + 0.2**2 + 0.4**2) / 3))
+    assert found.loc[("heaviest", 64), "within"] == pytest.approx(1 / 3)
+    assert loss_tables.budgets(forecast).loc["latest"].to_dict() == {
+        "half": 20,
+        "nine_tenths": 30,
+        "every": 30,
+        "mean": 20,
+    }
+    told = {key: 3 * value**2 for key, value in found["rms"].items()}
+    together = loss_tables.foretold(table_of(told), forecast)
+    assert loss_tables.agreement(together) == pytest.approx({"rank": 1, "exponent": 2, "scatter": 1}, abs=1e-6)
+    other = loss_tables.foretold(table_of({key: 1 / value for key, value in told.items()}), forecast)
+    assert loss_tables.agreement(other)["rank"] == pytest.approx(-1)
