@@ -129,9 +129,9 @@ EXPERIMENTS = {
         full={
             "horizons": [0.5, 0.8, 1.2, 1.5, 2.0],
             "lengths": [10**6],
-            "replicates": 8000,
+            "replicates": 5000,
             "block": 50,
-            "bins": 2000,
+            "bins": 1000,
             "seed": 20_261_300,
         },
         quick={"replicates": 200},
