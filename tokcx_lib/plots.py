@@ -1,22 +1,26 @@
 """One style and the few recurring figures.
 
-Figures have a transparent ground and black text; the book's style sheet turns their lightness around on dark pages, so
-colours are chosen to keep their hue and contrast both ways (the palette of Okabe and Ito, without its yellow).
+Figures have a transparent ground and black text, and the book's style sheet turns their lightness around on dark pages
+(``invert(1) hue-rotate(180deg)``, which keeps hues). Colours are chosen for both: each is readable as text, 4.5 to 1,
+on white and, turned around, on a dark page; and any two of a figure differ on both, for the colour-blind too
+(`tests/test_colours.py` computes it).
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, to_rgb
+from matplotlib.colors import ListedColormap, LogNorm, to_rgb
 from matplotlib.ticker import NullFormatter
 
 from tokcx_lib.theory import budgets
 from tokcx_lib.theory.softmax_law import MOST_TILT
 
-PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
+PALETTE = ["#4276BC", "#983B02", "#00654B", "#B20B83", "#3104B1", "#9B6C00"]  # blue, red, green, pink, violet, ochre
 INK = "#000000"
 FAINT = "#767676"
 
@@ -98,6 +102,21 @@ def slope_guide(ax: Axes, n, start: float, exponent: float = 0.5, label: str = r
     ax.annotate(label, (n[-1], line[-1]), (8, 0), textcoords="offset points", color=FAINT, va="center")
 
 
+MAP_GAP = (0.47, 0.58)  # of cividis, where neither black nor white numbers are readable on both pages
+
+
+@cache
+def map_colours() -> ListedColormap:
+    """The colours of heat maps with numbers: cividis without its middle, dark below 0.5 and light above.
+
+    White numbers are readable on the dark ones and black numbers on the light ones, also on a dark page, where the
+    style sheet turns the lightness of all of them around.
+    """
+    low, high = MAP_GAP
+    parts = np.concatenate([np.linspace(0, low, 128), np.linspace(high, 1, 128)])
+    return ListedColormap(mpl.colormaps["cividis"](parts), "cividis without its middle")
+
+
 def head_map(ax: Axes, table: pd.DataFrame, value: str, title: str, log: bool = True):
     """Heat map of one number per head: layers down, heads across, the number written in each cell.
 
@@ -105,11 +124,11 @@ def head_map(ax: Axes, table: pd.DataFrame, value: str, title: str, log: bool = 
     """
     grid = table.pivot(index="layer", columns="head", values=value)
     norm = LogNorm(grid.min().min(), grid.max().max()) if log else None
-    image = ax.imshow(grid, cmap="cividis", norm=norm, aspect="auto")
+    image = ax.imshow(grid, cmap=map_colours(), norm=norm, aspect="auto")
     for (row, column), number in np.ndenumerate(grid.to_numpy()):
         shade = image.norm(number)
         text = f"{number:,.0f}" if abs(number) >= 9.95 else f"{number:#.2g}"
-        ax.text(column, row, text, ha="center", va="center", fontsize=9, color="white" if shade < 0.55 else "black")
+        ax.text(column, row, text, ha="center", va="center", fontsize=9, color="white" if shade < 0.5 else "black")
     ax.set(xlabel="head", ylabel="layer", title=title)
     ax.set_xticks(range(len(grid.columns)), grid.columns)
     ax.set_yticks(range(len(grid.index)), grid.index)

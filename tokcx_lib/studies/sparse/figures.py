@@ -19,7 +19,7 @@ SCHEME_LOOKS = {
     "window + weighted": (plots.PALETTE[2], "D-"),
     "top-k": (plots.PALETTE[3], "P-"),
     "low rank": (plots.FAINT, "x--"),
-    "features": ("#7040C0", "*:"),  # the palette's second blue is too near the first on a dark page
+    "features": (plots.PALETTE[4], "*:"),
 }
 BUDGET_TICKS = [32, 128, 512]
 LOAD_TICKS = [0.5, 1, 2, 4, 8, 16]
