@@ -56,6 +56,31 @@ def test_with_all_keys_the_loss_is_the_models_own(order, monkeypatch):
     assert model.model.config._attn_implementation != answering.NAME
 
 
+def follows(first, read=None, keys=40):
+    """Losses of what follows a prompt, with keys that were read before it, in orders that draw nothing."""
+    model = tiny()
+    read = answering.read_before(model, IDS[:first]) if read is None else read
+    orders = ("latest", "first_latest", "heaviest")
+    return [token_losses(model, IDS, answering.after(read, loss.reading(order, keys)), first) for order in orders]
+
+
+def test_what_follows_a_prompt_is_read_after_it():
+    own = token_losses(tiny(), IDS)
+    assert torch.allclose(token_losses(tiny(), IDS, first=30), own[30:], atol=1e-5)
+    assert all(torch.allclose(lost, own[30:], atol=1e-5) for lost in follows(30))
+    # In one layer the keys of a prompt do not depend on how it was read: what follows is what reads so from the start.
+    model = tiny(num_hidden_layers=1)
+    for order in ("latest", "first_latest", "heaviest"):
+        read = answering.after(answering.read_before(model, IDS[:30]), loss.reading(order, 7))
+        whole = token_losses(model, IDS, loss.reading(order, 7))
+        assert torch.allclose(token_losses(model, IDS, read, 30), whole[30:], atol=1e-5)
+        assert (whole[30:] - token_losses(model, IDS)[30:]).abs().max() > 0.01
+    # Planted: another prompt, and one that is a token short.
+    other = answering.read_before(tiny(), IDS[:30].flip(0))
+    assert not torch.allclose(follows(30, other)[0], own[30:], atol=1e-2)
+    assert not torch.allclose(follows(30, answering.read_before(tiny(), IDS[:29]))[0], own[30:], atol=1e-2)
+
+
 def windows_agree(keys):
     """Whether the latest keys give the losses of a model with a sliding window of 7."""
     slid = token_losses(tiny("Mistral", sliding_window=7), IDS)
@@ -186,21 +211,23 @@ def test_units_of_the_loss_and_what_a_token_costs_more(opened):
 
 def test_units_of_the_forecast_and_of_heads_that_read_their_own_numbers(opened, monkeypatch):
     experiment, plan = planned("language_model_forecast", replicates=3)
-    table = pd.concat([alone(experiment, plan, unit).table for unit in plan.units], ignore_index=True)
-    assert len(table) == 3 * 2 * 4 * 4 and (table["error_16"] <= table["error_8"] * 1.5).mean() > 0.9
-    budgets = loss_experiments.head_budgets(table, [1, 2])
+    forecast = pd.concat([alone(experiment, plan, unit).table for unit in plan.units], ignore_index=True)
+    assert len(forecast) == 3 * 2 * 4 * 4 and (forecast["error_16"] <= forecast["error_8"] * 1.5).mean() > 0.9
+    budgets = loss_experiments.head_budgets(forecast, [1, 2])
     assert np.array(budgets["latest"]).shape == (2, 4)
-    some = table.query("replicate > 0 and layer == 1 and head == 2 and order == 'latest'")["budget"]
+    some = forecast.query("replicate > 0 and layer == 1 and head == 2 and order == 'latest'")["budget"]
     assert budgets["latest"][1][2] == math.ceil(some.median())
     # Told by heads alone, in an order that the model has in every layer but its first, whose input is unchanged.
     meta = {"config": {"replicates": 3}, "sha256": "0"}
-    monkeypatch.setattr(records, "load", lambda name: SimpleNamespace(table=table, meta=meta))
-    experiment, plan = planned("language_model_budgets", replicates=1, **EDGES)
-    assert plan.units == [(0, 0), (0, 8), (0, 16)]
-    own, same = (alone(experiment, plan, unit).table for unit in plan.units[:2])
-    assert set(own["order"]) == set(policies.POLICIES) and set(same["order"]) == {"anchored"}
-    means = own.set_index("order")["mean_keys"]
-    assert means["latest"].iloc[0] == pytest.approx(np.mean(budgets["latest"])) and (same["mean_keys"] == 8).all()
+    monkeypatch.setattr(records, "load", lambda name: SimpleNamespace(table=forecast, meta=meta))
+    experiment, plan = planned("language_model_answers", prompt=30)
+    table = alone(experiment, plan, plan.units[1]).table
+    assert len(table) == 1 + 2 * 5 + 4 and (table["tokens"] == 10).all() and (table["first"] == 30).all()
+    # Of three articles in the forecast the first is one half; what is read here is one of the other.
+    budgets = loss_experiments.head_budgets(forecast, [0])
+    means = table[table["keys"] == 0].set_index("order")["mean_keys"]
+    assert means["heaviest"] == pytest.approx(np.mean(budgets["heaviest"]))
+    assert (table[table["order"] == loss_experiments.ALL]["excess"] == 0).all()
 
 
 # ---------------------------------------------------------------- tables

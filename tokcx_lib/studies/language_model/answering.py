@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from tokcx_lib.models.loading import TextModel, evaluating
 from tokcx_lib.models.text_parts import without_cache
-from tokcx_lib.validation import as_indices
+from tokcx_lib.validation import as_count, as_indices
 
 NAME = "tokcx_answer"  # of our attention among those of transformers
 ROWS = 256  # states turned into logits of words at once: 49,152 words each
 Answer = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Read = list[tuple[Tensor, Tensor]]
 
 
 @contextmanager
@@ -67,13 +68,15 @@ def answering(model: nn.Module, answer: Answer) -> Iterator[None]:
         raise ValueError(f"model: expected one that uses the attention interface, got {type(model).__name__}")
 
 
-def token_losses(model: TextModel, ids: Tensor, answer: Answer | None = None) -> Tensor:
-    """Nats that each next token costs: float64 (n,), of the tokens 1 to n, from those before them.
+def token_losses(model: TextModel, ids: Tensor, answer: Answer | None = None, first: int = 0) -> Tensor:
+    """Nats that each next token costs: float64 (n - first,), of the tokens first + 1 to n, from those before them.
 
     Parameters
     ----------
     model : whose input and output tables are one; ids : (n + 1,), of which the last one is predicted and not read.
     answer : what computes the attention (`answering`), None for the model itself.
+    first : position of the first token that is read here. With `answer` those before it have been read (`after`), and
+        cost no time; without, they are read, and only what follows is returned.
     """
     config, base = model.model.config, model.model
     if not getattr(config, "tie_word_embeddings", False):
@@ -82,16 +85,40 @@ def token_losses(model: TextModel, ids: Tensor, answer: Answer | None = None) ->
     ids = as_indices("ids", ids, most=table.num_embeddings - 1).to(table.weight.device)
     if len(ids) < 2:
         raise ValueError(f"ids: expected 2 or more, got {len(ids)}")
-    read, told = ids[None, :-1], ids[1:]
+    first = as_count("first", first, least=0, most=len(ids) - 2)
     with evaluating(base), torch.inference_mode():
         if answer is None:
-            states = base(read, **without_cache(base))[0][0]
+            states = base(ids[None, :-1], **without_cache(base))[0][0, first:]
         else:
+            places = torch.arange(first, len(ids) - 1, device=ids.device)[None]
             with answering(base, answer):
-                states = base(read, **without_cache(base))[0][0]
-        parts = (states[i : i + ROWS] @ table.weight.mT for i in range(0, len(states), ROWS))
+                states = base(ids[None, first:-1], position_ids=places, **without_cache(base))[0][0]
         lost = [
-            nn.functional.cross_entropy(part.float(), own, reduction="none")
-            for part, own in zip(parts, told.split(ROWS))
+            nn.functional.cross_entropy((part @ table.weight.mT).float(), told, reduction="none")
+            for part, told in zip(states.split(ROWS), ids[first + 1 :].split(ROWS))
         ]
     return torch.cat(lost).double().cpu()
+
+
+def read_before(model: TextModel, ids: Tensor) -> Read:
+    """Keys (groups, n, d) and values of each layer for ids (n,) that the model itself reads: a cache after a prompt."""
+    found: Read = []
+
+    def keep(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found.append((k, v))
+        attend = nn.functional.scaled_dot_product_attention
+        return attend(q[None], k[None], v[None], is_causal=True, scale=1.0, enable_gqa=True)[0]
+
+    with evaluating(model.model), torch.inference_mode(), answering(model.model, keep):
+        model.model(ids[None].to(model.model.device), **without_cache(model.model))
+    return found
+
+
+def after(read: Read, answer: Answer) -> Answer:
+    """Attention of the tokens that follow on those that were read (`read_before`): their keys come before their own."""
+
+    def whole(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        early = read[layer]
+        return answer(layer, q, torch.cat([early[0], k], 1), torch.cat([early[1], v], 1))
+
+    return whole

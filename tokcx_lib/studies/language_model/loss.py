@@ -9,7 +9,8 @@ keeping it would make another order than the probe's.
 use, and the query's own are always read; the rest is drawn, and each drawn key stands for as many as were not, which
 adds the logarithm of that number to its logit. Without that the keys that are kept would weigh too much.
 
-Every query of every layer reads so: the loss of a late token has passed through all of it.
+Either every query of every layer reads so, and the loss of a late token has passed through all of it; or those after a
+prompt, which the model has read as it is (`answering.after`), as with a cache that is thinned out for the answer.
 """
 
 from __future__ import annotations
@@ -90,12 +91,13 @@ def reading(order: str, keys: int | Sequence[Sequence[int]], seed: Sequence[int]
 
     def answer(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         counts = [own] * len(q) if isinstance(own, int) else own[layer]
-        output = q.new_empty(*q.shape[:2], v.shape[-1])
+        early = k.shape[1] - q.shape[1]  # keys before the first query's own
+        parts = []
         for start in range(0, q.shape[1], ROWS):
-            stop = min(start + ROWS, q.shape[1])
-            rows = slice(start, stop)
-            output[:, rows] = _some_rows(order, q[:, rows], k[:, :stop], v[:, :stop], counts, (*seed, layer, start))
-        return output
+            rows = q[:, start : start + ROWS]
+            stop = early + start + rows.shape[1]
+            parts.append(_some_rows(order, rows, k[:, :stop], v[:, :stop], counts, (*seed, layer, start)))
+        return torch.cat(parts, 1)
 
     return answer
 

@@ -15,8 +15,8 @@ from tokcx_lib.models.loading import LANGUAGE, TextModel, evaluating, load_model
 from tokcx_lib.models.text_parts import without_cache
 from tokcx_lib.probe.policies import POLICIES, keys_needed, lengths_up_to
 from tokcx_lib.probe.queries import notes
-from tokcx_lib.studies.language_model.answering import token_losses
-from tokcx_lib.studies.language_model.loss import ANCHORED, reading
+from tokcx_lib.studies.language_model.answering import after, read_before, token_losses
+from tokcx_lib.studies.language_model.loss import ANCHORED, ORDERS, reading
 from tokcx_lib.studies.language_model.texts import whole_windows
 from tokcx_lib.studies.runs import Experiment, Part, Plan
 
@@ -128,35 +128,41 @@ def head_budgets(table: pd.DataFrame, replicates: list[int], least: int = 1) -> 
     return {order: middle[order].unstack("head").values.tolist() for order in POLICIES}
 
 
-def language_model_budgets(config: dict, device) -> Plan:
-    """Loss when every head reads its own number of keys, the one that the forecast from other articles gives it.
+def language_model_answers(config: dict, device) -> Plan:
+    """Loss of what follows a prompt, when the heads read the whole prompt as it is, and then some of their keys.
 
-    Orders of `language_model_loss`, with keys = 0 for heads that read their own numbers; and `anchored` with the same
-    number for all. The articles are the first of that record, the budgets are from the last ones of the forecast.
-    Columns as there; mean_keys, what the heads read on average.
+    The articles of `language_model_loss`; the first `prompt` tokens are read with all keys, and what follows, up to
+    `context`, with `keys` keys of the whole past in each head, in five orders (`loss.ORDERS`). With keys = 0 every head
+    reads its own number, which the forecast from the other half of the articles gives it. Columns as there;
+    mean_keys, what heads read on average, and excess, what a token costs more than with all keys.
     """
     forecast = records.load(FORECAST)
-    others = forecast.meta["config"]["replicates"]
-    budgets = head_budgets(forecast.table, list(range(config["replicates"], others)))
+    count = forecast.meta["config"]["replicates"]
+    halves = [list(range(count // 2)), list(range(count // 2, count))]
+    budgets = [head_budgets(forecast.table, half) for half in halves]
     model, ids, meta = opened(device, config)
+    first = config["prompt"]
 
-    def work(replicate: int, keys: int) -> Part:
-        whole = token_losses(model, ids[replicate])
-        seed = config["seed"], replicate
-        if keys == 0:
-            chosen = {order: (order, budgets[order]) for order in POLICIES}
-        else:
-            chosen = {ANCHORED: (ANCHORED, keys)}
-        losses = {name: token_losses(model, ids[replicate], reading(*each, seed)) for name, each in chosen.items()}
-        table = _by_position(losses, config["edges"], whole)
+    def work(replicate: int) -> Part:
+        others = budgets[replicate < count // 2]
+        read = read_before(model, ids[replicate, :first])
+        whole = token_losses(model, ids[replicate], after(read, reading("latest", config["context"])), first)
+        tables = [_by_position({ALL: whole}, [0, len(whole)], whole).assign(keys=config["context"])]
+        for keys in (*config["keys"], 0):
+            lost, means = {}, {}
+            for order in ORDERS if keys else POLICIES:
+                means[order] = keys or float(np.mean(others[order]))
+                some = reading(order, keys or others[order], (config["seed"], replicate))
+                lost[order] = token_losses(model, ids[replicate], after(read, some), first)
+            table = _by_position(lost, [0, len(whole)], whole)
+            tables.append(table.assign(keys=keys, mean_keys=table["order"].map(means)))
+        table = pd.concat(tables, ignore_index=True)
+        table["first"] += first
+        table["mean_keys"] = table["mean_keys"].fillna(config["context"])
         table.insert(0, "replicate", replicate)
-        table.insert(1, "keys", keys)
-        means = {name: keys or np.mean(budgets[name]) for name in losses}
-        table.insert(3, "mean_keys", table["order"].map(means))
         return Part(table)
 
-    units = [(r, keys) for r in range(config["replicates"]) for keys in (0, *config["keys"])]
-    return Plan(units, work, {**meta, "forecast_sha256": forecast.meta["sha256"]})
+    return Plan([(r,) for r in range(config["replicates"])], work, {**meta, "forecast_sha256": forecast.meta["sha256"]})
 
 
 _SHARED = {"corpus": "wikipedia-en", "context": 2048, "seed": 20_261_614}
@@ -176,10 +182,10 @@ EXPERIMENTS = {
         quick={"corpus": "scipy-docs", "context": 256, "keys": [16, 64], "queries": 8, "replicates": 2},
         tolerance=1e-3,
     ),
-    "language_model_budgets": Experiment(
-        language_model_budgets,
-        ("replicate", "keys"),
-        full={**_SHARED, **_EDGES, "keys": [16, 64, 256, 1024], "replicates": 4},
+    "language_model_answers": Experiment(
+        language_model_answers,
+        ("replicate",),
+        full={**_SHARED, "prompt": 1792, "keys": [16, 64, 256, 1024], "replicates": 8},
         quick={"keys": [64], "replicates": 1},
         tolerance=1e-3,
     ),
