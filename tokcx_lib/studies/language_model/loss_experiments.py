@@ -16,7 +16,7 @@ from tokcx_lib.models.text_parts import without_cache
 from tokcx_lib.probe.policies import POLICIES, keys_needed, lengths_up_to
 from tokcx_lib.probe.queries import notes
 from tokcx_lib.studies.language_model.answering import after, read_before, token_losses
-from tokcx_lib.studies.language_model.loss import ANCHORED, ORDERS, reading
+from tokcx_lib.studies.language_model.loss import ORDERS, reading
 from tokcx_lib.studies.language_model.texts import whole_windows
 from tokcx_lib.studies.runs import Experiment, Part, Plan
 
@@ -186,7 +186,7 @@ EXPERIMENTS = {
         language_model_answers,
         ("replicate",),
         full={**_SHARED, "prompt": 1792, "keys": [16, 64, 256, 1024], "replicates": 8},
-        quick={"keys": [64], "replicates": 1},
+        quick={"corpus": "scipy-docs", "context": 256, "prompt": 192, "keys": [16, 64], "replicates": 1},
         tolerance=1e-3,
     ),
 }

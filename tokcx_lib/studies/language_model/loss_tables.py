@@ -11,6 +11,7 @@ from scipy import stats
 from tokcx_lib.validation import as_number, as_positive
 
 LATE = 1024  # the position from which on tokens are late
+ERROR = 0.1  # of a head's output, in spreads of the values: what budgets are for
 
 
 def costs(table: pd.DataFrame, first: int = LATE, by: tuple[str, ...] = ("order", "keys")) -> pd.DataFrame:
@@ -54,7 +55,7 @@ def forecasts(table: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame, index order and keys, columns median, over heads, of the root mean square over articles; rms, over heads
-    and articles; within, the share of the heads whose error is at most `error` 0.1
+    and articles; within, the share of the heads whose error is at most ERROR
     """
     names = [name for name in table if name.startswith("error_")]
     squares = table.set_index(["order", "layer", "head"])[names].pow(2).groupby(["order", "layer", "head"]).mean()
@@ -62,7 +63,7 @@ def forecasts(table: pd.DataFrame) -> pd.DataFrame:
     long = squares.stack().rename("square").reset_index()
     groups = long.groupby(["order", "keys"])["square"]
     found = pd.DataFrame({"median": groups.median() ** 0.5, "rms": groups.mean() ** 0.5})
-    return found.assign(within=groups.apply(lambda each: (each <= 0.1**2).mean()))
+    return found.assign(within=groups.apply(lambda each: (each <= ERROR**2).mean()))
 
 
 def budgets(table: pd.DataFrame) -> pd.DataFrame:
