@@ -203,12 +203,12 @@ def test_the_law_beside_real_heads_is_the_exact_one():
 def test_a_unit_of_the_record_runs_on_minilm():
     experiment = experiments.EXPERIMENTS["scaling_heads"]
     config = experiment.config("quick") | {"queries": 3, "pieces": {"minilm": 1, "smollm2": 0}}
-    config["lengths"] = {name: [64, 512] for name in config["lengths"]}
+    config["lengths"] = {name: [64, 256] for name in config["lengths"]}
     plan = experiment.plan(config, torch.device("cpu"))
     assert plan.units == [(0, 0)] and "wikipedia-en" in plan.meta["texts"]
     table = plan.work(0, 0).table
     assert len(table) == 72 * 2 * len(experiments.SCHEMES)
-    at_anchor = table[(table["n"] == 512) & table["scheme"].isin(["none", "root", "log", "square"])]
+    at_anchor = table[(table["n"] == 256) & table["scheme"].isin(["none", "root", "log", "square"])]
     assert np.allclose(at_anchor["factor"], 1) and np.allclose(at_anchor["moved"], 0, atol=1e-5)
     for _, rows in at_anchor.groupby(["layer", "head"]):
         assert np.ptp(rows["participation"]) < 1e-6

@@ -41,7 +41,7 @@ def reduced_paths(ax: Axes, load: float, anchor: float, most: float = 1e10) -> N
         ax.plot(n, scaling.reduced_load(load * scaling.factor(scheme, n, anchor), n), line, color=colour)
     for x, y, text in (
         (1.5 * anchor, 2.2, "frozen"),
-        (most**0.715, 0.92, "few tokens decide"),
+        (most**0.7, 0.92, "few tokens decide"),
         (1.5 * anchor, 0.1, "averaging"),
     ):
         ax.text(x, y, text, va="center")
