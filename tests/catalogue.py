@@ -237,7 +237,7 @@ MODULES: dict[str, dict] = {
     "binned": {"n": 1000, "generator": 0, "bins": 50, "limit": 10.0, "level": 2.0, "tokens": _binned(),
                "draws": [_binned(0), _binned(1)], "slopes": [0.3, 0.6], "mesh": 0.5, "slope": 0.4,
                "tilts": normal(7), "points": normal(20, seed=1), "counts": torch.arange(20.0, dtype=torch.float64)},
-    "causal": {"n": 20, "z": normal(12, DIM), "B": FORM / 3, "V": VALUES, "psi": 1.5},
+    "causal": {"n": 20, "z": normal(12, DIM), "B": FORM / 3, "V": VALUES, "psi": 1.5, "horizon": 1.2},
     "convergence": HEADS | {"limit": LIMIT, "heads": [_head(0), _head(1)],
                             "blocks": [normal(20, DIM, seed=s) for s in range(2)],
                             "segments": [[_partial(s), _partial(s + 5)] for s in range(3)]},

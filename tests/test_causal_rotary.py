@@ -88,6 +88,19 @@ def test_stable_factor_of_pareto_sums():
     assert causal.stable_factor(1.0) == pytest.approx(math.sqrt(2))
 
 
+def test_ratio_of_levels_against_drawn_largest_terms_and_its_limit():
+    H, n, form = 1.3, 1000, [[1.3]]
+    weights, tops = causal.reading_weights(n), []
+    for r in range(3000):
+        pull = causal.key_influence(torch.randn(n, 1, generator=runtime.stream(1307, r)).double(), form)[:, 0].abs()
+        tops.append(((weights * pull).max().item(), pull.max().item()))
+    # The level that the largest term exceeds with probability 1 - 1/e.
+    masked, whole = np.quantile(np.array(tops), math.exp(-1), axis=0)
+    assert masked / whole == pytest.approx(causal.level_ratio(H, n), rel=0.05)
+    far = [causal.level_ratio(H, n) for n in (1e3, 1e6, 1e12, 1e100)]
+    assert far == sorted(far) and far[-1] == pytest.approx(causal.stable_factor(H**2), rel=0.002)
+
+
 # ------------------------------------------------------------ rotary
 
 
@@ -206,3 +219,18 @@ def test_lengths_with_fewer_replicates():
     plan = EXPERIMENTS["causal_stable"].plan(config, torch.device("cpu"))
     assert [unit for unit in plan.units if unit[0] == 4000] == [(4000, 0), (4000, 1)]
     assert plan.meta == {"replicates": "50, 21 at n = 4000"}
+
+
+def test_own_tokens_hardly_matter_and_ever_less():
+    """n E (difference of the means with and without own tokens)^2, against n Var = 3.4: the limit is the same."""
+    sizes = []
+    for n, count in ((100, 400), (400, 200), (1600, 25)):
+        gaps = []
+        for r in range(count):
+            y = laws.Gaussian(1.0).sample(n, runtime.stream(1306, n, r))
+            logits = (0.5 * y @ y.mT).masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf)
+            own = (torch.softmax(logits, 1) @ y).mean().item()
+            before = prefixes.scalar_outputs(y, 0.5).before.sum().item() / n
+            gaps.append(n * (own - before) ** 2)
+        sizes.append(np.mean(gaps))
+    assert sizes[2] < sizes[1] < sizes[0] and sizes[2] < 0.1

@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
+from scipy.optimize import brentq
+from scipy.special import log_ndtr, logsumexp
 from torch import Tensor
 
 from tokcx_lib.theory import rates
-from tokcx_lib.validation import as_count, as_matrix, as_positive, as_square, as_tokens, finite_answer
+from tokcx_lib.validation import as_count, as_matrix, as_number, as_positive, as_square, as_tokens, finite_answer
+
+_NODES, _SHARES = np.polynomial.laguerre.laggauss(60)  # of the weights log(n/j), which are exponential
 
 
 def reading_weights(n: int) -> Tensor:
@@ -104,3 +109,40 @@ def stable_factor(psi: float) -> float:
         raise ValueError(f"psi: expected a coupling of at least 1, below which the limit is Gaussian, got {psi}")
     alpha = 1 + 1 / psi
     return math.gamma(1 + alpha) ** (1 / alpha)
+
+
+def level_ratio(horizon: float, n: float) -> float:
+    """How much larger the largest pull of n tokens is under the causal mask than over all pairs, in one dimension.
+
+    Ratio of the levels that one token is expected to exceed, c_j |g(z_j)| against |g(z_j)|. For H >= 1 it tends to
+    `stable_factor` as n grows, by powers of 1/log n: the tail of g is a power times a power of the logarithm.
+
+    Parameters
+    ----------
+    horizon : H, from 0.1 to 100; n : tokens, from 10 to 10^100.
+
+    Raises ValueError if a number is out of its range.
+
+    Source: chapter 13.
+    """
+    H, n = as_number("horizon", horizon, 0.1, 100), as_number("n", n, 10, 1e100)
+    with_mask, without = (_log_level(H, math.log(n), mask) for mask in (True, False))
+    return math.exp(with_mask - without)
+
+
+def _log_level(H: float, log_n: float, mask: bool) -> float:
+    """log r with n P(c |g(z)| > r) = 1, z ~ N(0, 1), and c exponential or, without a mask, 1."""
+    a = 1 + H**2
+
+    def place(log_r: float) -> float:  # z > 0 with log g(z) = log r, by its logarithm
+        def excess(x):
+            return x + (a - 1) / a * math.exp(2 * x) / 2 - 1.5 * math.log(a) - log_r
+
+        return math.exp(brentq(excess, min(log_r, 0.0) - 50, 10))
+
+    def excess(log_r: float) -> float:
+        shifts = -np.log(_NODES) if mask else np.zeros(1)
+        tails = np.array([math.log(2) + log_ndtr(-place(log_r + shift)) for shift in shifts])
+        return log_n + (logsumexp(tails, b=_SHARES) if mask else tails[0])
+
+    return brentq(excess, -20.0, 2000.0, xtol=1e-10)

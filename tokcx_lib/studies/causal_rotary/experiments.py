@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pandas as pd
 import torch
 
 from tokcx_lib import runtime
-from tokcx_lib.sampling import prefixes
+from tokcx_lib.sampling import binned, prefixes
 from tokcx_lib.studies.runs import Experiment, Part, Plan
 from tokcx_lib.theory import causal, rotary
 from tokcx_lib.theory.laws import Gaussian, SerialGaussian
@@ -66,6 +67,31 @@ def causal_means(config: dict, device) -> Plan:
         f", {count} at n = {n}" for n, count in config.get("fewer", {}).items() if int(n) in config["lengths"]
     )
     return Plan(_blocks(config), work, {"replicates": f"{config['replicates']}{fewer}"} if fewer else {})
+
+
+def first_order_pulls(config: dict, device) -> Plan:
+    """Means of the pulls of up to 10^12 tokens, each counted log(n/j) times (causal) and once (whole), from bins.
+
+    The weights log(n/j) of the tokens of a bin are exponential variables, so that their sum is a gamma variable: that
+    of n draws with replacement, which differs from the n weights themselves by their mean only.
+    """
+
+    def work(n: int, block: int) -> Part:
+        rows, pulls = [], {}
+        for r in _replicates(config, n, block):
+            stream = runtime.stream(config["seed"], n, r)
+            tokens = binned.draw(n, stream, config["bins"])
+            rng = np.random.default_rng(torch.randint(2**62, (1,), generator=stream).item())
+            weights = rng.standard_gamma(tokens.counts.numpy()), rng.standard_exponential(len(tokens.outer))
+            for H in config["horizons"]:
+                if H not in pulls:
+                    pulls[H] = causal.key_influence(tokens.points[:, None], [[H]])[:, 0].numpy()
+                outer = causal.key_influence(tokens.outer[:, None], [[H]])[:, 0].numpy()
+                masked = weights[0] @ pulls[H] + weights[1] @ outer
+                rows.append((n, block, H, r, masked / n, (tokens.counts.numpy() @ pulls[H] + outer.sum()) / n))
+        return Part(pd.DataFrame(rows, columns=["n", "block", "horizon", "replicate", "causal", "whole"]))
+
+    return Plan(_blocks(config), work)
 
 
 def serial_means(config: dict, device) -> Plan:
@@ -138,6 +164,19 @@ EXPERIMENTS = {
             "seed": 20_261_310,
         },
         quick={"lengths": [300, 1000], "replicates": 100, "block": 50},
+    ),
+    "causal_first_order": Experiment(
+        first_order_pulls,
+        ("n", "block"),
+        full={
+            "horizons": [1.1, 1.2, 1.5],
+            "lengths": [10**6, 10**9, 10**12],
+            "replicates": 5000,
+            "block": 500,
+            "bins": 10_000,
+            "seed": 20_261_340,
+        },
+        quick={"lengths": [10**6], "replicates": 100, "block": 50},
     ),
     "serial_means": Experiment(
         serial_means,

@@ -44,23 +44,40 @@ def causal_variances(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
-def scale_ratios(table: pd.DataFrame) -> pd.DataFrame:
+def _size_ratio(above: pd.Series, below: pd.Series) -> tuple[float, float]:
+    """Ratio of typical sizes (E |x|^{1/2})^2, and its standard error."""
+    above, below = above.abs() ** HALF_POWER, below.abs() ** HALF_POWER
+    ratio = above.mean() / below.mean()
+    spread = (above - ratio * below).sem() / below.mean()
+    return ratio ** (1 / HALF_POWER), spread * ratio ** (1 / HALF_POWER - 1) / HALF_POWER
+
+
+def scale_ratios(table: pd.DataFrame, many: pd.DataFrame) -> pd.DataFrame:
     """How much wider the pull of the keys is under the mask, a row for each horizon and n.
 
-    Ratio of typical sizes (E |x|^{1/2})^2 of x = mean output less the queries' own part, causal over whole, on the same
-    tokens. Columns: measured and first_order, each with its standard error; limit.
+    Ratio of typical sizes of the mean output less the queries' own part, causal over whole, on the same tokens.
+
+    Parameters
+    ----------
+    table : of the record of attention; many : of that of the first order over many tokens.
+
+    Returns
+    -------
+    Columns attention and first_order, each with its standard error (NaN where there is no attention); level, the ratio
+    of the largest terms at this n (`causal.level_ratio`); limit.
     """
     rows = []
     for (H, n), part in table.groupby(["horizon", "n"]):
-        found = []
-        for suffix in ("", "_linear"):
-            above, below = ((part[m + suffix] - part["queries"]).abs() ** HALF_POWER for m in ("causal", "whole"))
-            ratio = above.mean() / below.mean()
-            spread = (above - ratio * below).sem() / below.mean()  # of the ratio of means
-            found += [ratio ** (1 / HALF_POWER), spread * ratio ** (1 / HALF_POWER - 1) / HALF_POWER]
-        rows.append((H, n, *found, causal.stable_factor(H**2)))
-    names = ["horizon", "n", "measured", "error", "first_order", "first_order_error", "limit"]
-    return pd.DataFrame(rows, columns=names)
+        own = part["queries"]
+        found = [_size_ratio(part[f"causal{kind}"] - own, part[f"whole{kind}"] - own) for kind in ("", "_linear")]
+        rows.append((H, n, *found[0], *found[1]))
+    for (H, n), part in many.groupby(["horizon", "n"]):
+        rows.append((H, n, np.nan, np.nan, *_size_ratio(part["causal"], part["whole"])))
+    names = ["horizon", "n", "attention", "error", "first_order", "first_order_error"]
+    found = pd.DataFrame(rows, columns=names).sort_values(["horizon", "n"], ignore_index=True)
+    found["level"] = [causal.level_ratio(H, n) for H, n in zip(found["horizon"], found["n"])]
+    found["limit"] = [causal.stable_factor(H**2) for H in found["horizon"]]
+    return found
 
 
 def serial_variances(table: pd.DataFrame, horizon: float) -> pd.DataFrame:
