@@ -52,7 +52,7 @@ def law_curves(ax: Axes, table: pd.DataFrame) -> None:
     start = law["value"].iloc[0]
     ax.plot(law["n"], start * (law["n"] / law["n"].iloc[0]) ** -0.5, "--", color=plots.FAINT, linewidth=1.2)
     ax.set(yscale="log", xlabel=KEYS)
-    last = law["n"].iloc[-2]
+    last = law["n"].iloc[len(law) // 2]
     ax.annotate(r"$1/\sqrt{n}$", (last, start * (last / law["n"].iloc[0]) ** -0.5), (-2, -6), color=plots.FAINT,
                 textcoords="offset points", ha="right", va="top")  # fmt: skip
     ax.text(0.03, 0.25, "● measured", color=plots.PALETTE[0], transform=ax.transAxes)

@@ -14,14 +14,16 @@ import pandas as pd
 from scipy import stats
 from scipy.interpolate import CubicSpline
 
+from tokcx_lib.probe import summary
 from tokcx_lib.probe.policies import LEVEL, POLICIES, Estimate, jackknife, keys_needed, whole
 from tokcx_lib.probe.queries import late_queries
+from tokcx_lib.records import Record
 from tokcx_lib.theory import budgets as phases_of
 from tokcx_lib.theory import drawn_keys, softmax_law
 from tokcx_lib.validation import as_count, as_kind, as_list, as_positive
 
 PER_GROUP = 3  # query heads that share the keys of one key head
-LAWS = ("law", "twin", "twin_skewed")
+FIRST = 64  # keys from which on exponents are told
 
 
 def cube(table: pd.DataFrame, column: str) -> tuple[np.ndarray, list[int]]:
@@ -228,3 +230,53 @@ def matched_law(table: pd.DataFrame, queries: int) -> pd.DataFrame:
     place = np.searchsorted(lengths, found["n"])
     first = np.sqrt((total / found["n"] - 1) / late.reindex(at).to_numpy())
     return found.assign(matched=matched[np.arange(len(found)), place], first_order=first)
+
+
+def budget_table(heads: pd.DataFrame) -> pd.DataFrame:
+    """Keys that are enough for half of the heads, for 9 of 10 and for every one, by policy, each with its interval."""
+    found = summary.summary(heads, {})
+    rows = {}
+    for policy, places in found["budgets"].items():
+        rows[policy] = {
+            summary.PLACE_NAMES[place]: f"{summary.keys_in_words(b)} ({summary.interval(b)})".removesuffix(" ()")
+            for place, b in places.items()
+        }
+    return pd.DataFrame(rows).T
+
+
+def text_row(table: pd.DataFrame, queries: int) -> dict[str, float]:
+    """One line on a text: windows, median load and count of frozen heads at the context, heads with more than half of
+    their weight on the first position, the exponent of drawn keys from 64 to 1,024 and that of the law, errors over the
+    law at 1,024, error of the first and the latest 256, and their median budget."""
+    context = int(table["n"].max())
+    last = phases(table).iloc[-1]
+    half, one = (min(n, context // 4) for n in (1024, 256))
+    heads = budgets(table, queries)
+    ratio = against_law(table).set_index("n")["value"]
+    near = median_errors(table, ["first_latest"]).set_index("n")["value"]
+    return {
+        "windows": table["window"].nunique(),
+        "load": last["load"],
+        "frozen": int(last["frozen"]),
+        "sinks": int((heads["share_first"] > 0.5).sum()),
+        "exponent": slope(table, "rest", FIRST, half).value,
+        "law": slope(table, "law", FIRST, half).value,
+        "over law": ratio[half],
+        "first + latest": near[one],
+        "budget": heads["keys_first_latest"].median(),
+    }
+
+
+def headline(record: Record) -> str:
+    """The chapter in one sentence, with its interval, from the record `language_model_heads`."""
+    record = as_kind("record", record, Record)
+    few, many = FIRST, 16 * FIRST
+    fewer = [math.exp(b * math.log(many / few)) for b in slope(record.table, "rest", few, many)]
+    law = math.exp(slope(record.table, "law", few, many).value * math.log(many / few))
+    heads = len(record.table[["layer", "head"]].drop_duplicates())
+    return (
+        f"On {record.table['window'].nunique()} long articles of Wikipedia, the median of the {heads} heads of a "
+        f"language model that reads {many:,} random keys of its past instead of {few} errs "
+        f"{fewer[0]:.2f} times less ({fewer[1]:.2f} to {fewer[2]:.2f}); averaging would make it 4 times, and the exact "
+        f"law of its loads says {law:.2f}."
+    )
