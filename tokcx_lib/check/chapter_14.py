@@ -54,7 +54,10 @@ CHECKS = {
                 (_N - _n) / (_n * (_N - 1)),
                 "Put equal weights into the proposition on drawn keys: the sum over the squares is 1/N.",
                 misses=[
-                    (1 / _n - 1 / _N, "That is so for values that are independent draws of variance 1; this pool is given."),
+                    (
+                        1 / _n - 1 / _N,
+                        "That is so for values that are independent draws of variance 1; this pool is given.",
+                    ),
                     (1 / _n, "That is with replacement: the last key of the pool would still make an error."),
                 ],
                 symbols="n N",

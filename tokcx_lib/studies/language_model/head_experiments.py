@@ -56,9 +56,9 @@ EXPERIMENTS = {
         language_model_domains,
         ("domain", "window"),
         full={
-            "corpora": ["wikipedia-de", "python-stdlib"],
-            "context": 8192,
-            "windows": 3,
+            "corpora": ["wikipedia-en", "wikipedia-de", "python-stdlib"],
+            "context": 4096,
+            "windows": 2,
             "queries": 32,
             "seed": 20_271_500,
         },

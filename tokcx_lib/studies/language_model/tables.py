@@ -280,3 +280,17 @@ def headline(record: Record) -> str:
         f"{fewer[0]:.2f} times less ({fewer[1]:.2f} to {fewer[2]:.2f}); averaging would make it 4 times, and the exact "
         f"law of its loads says {law:.2f}."
     )
+
+
+def factors(table: pd.DataFrame, queries: int) -> pd.DataFrame:
+    """What a measured error is made of, median over heads, by n: measured over the law, the Gaussian twin and the law
+    at the load of the effective tokens (`matched`); `shape`, the error of the real weights with values that do not go
+    with them, over the law of that; `values`, the error over the former; `skew`, the twin with the measured skewness
+    over the Gaussian one; `within`, the share of heads within a fifth of their law.
+    """
+    pairs = {"law": ("rest", "law"), "twin": ("rest", "twin"), "shape": ("weights", "law_weights")}
+    pairs |= {"values": ("rest", "weights"), "skew": ("twin_skewed", "twin")}
+    found = {name: against_law(table, *pair).set_index("n") for name, pair in pairs.items()}
+    shown = pd.DataFrame({name: each["value"] for name, each in found.items()})
+    shown["matched"] = against_law(matched_law(table, queries), "rest", "matched").set_index("n")["value"]
+    return shown.assign(within=found["law"]["within"])
