@@ -1,6 +1,7 @@
 """Heads of the packaged language model in its context: measures, twins, windows, and the runs of chapter 14."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -8,13 +9,14 @@ import pytest
 import torch
 from scipy import stats
 
-from tokcx_lib import runtime
+from tokcx_lib import records, runtime
 from tokcx_lib.models import loading
 from tokcx_lib.models.corpora import Corpus
 from tokcx_lib.models.tokens import tokenize
 from tokcx_lib.probe.predictions import drawn_errors
-from tokcx_lib.studies.language_model import head_experiments, measures, texts, twins
+from tokcx_lib.studies.language_model import head_experiments, measures, tables, texts, twins
 from tokcx_lib.studies.registry import EXPERIMENTS
+from tokcx_lib.theory import softmax_law
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +180,70 @@ def test_a_unit_can_be_run_alone(name, monkeypatch, smollm2):
     pd.testing.assert_frame_equal(once.table, again.table)
     assert (once.table[list(experiment.keys)] == list(unit)).all(axis=None)
     assert math.isfinite(once.table["drawn"].sum()) and set(plan.meta) >= {"texts", "model", "model_sha256"}
+
+
+# ---- what the chapter reads off its records ----
+
+
+def test_budgets_and_laws_from_a_table(table):
+    two = pd.concat([table.assign(window=0), table.assign(window=1, rest=1.1 * table["rest"])])
+    errors = tables.median_errors(two)
+    at = errors.set_index(["error", "n"])["value"]
+    heads = table[table["n"] == 64].sort_values(["layer", "head"])
+    assert at["drawn", 64] == pytest.approx(heads["drawn"].median()) and 256 not in errors["n"].to_numpy()
+    # Errors of a planted exponent are found again, and in a law that is as large the ratio is one.
+    planted = two.assign(rest=two["n"] ** -0.3 * (1 + 0.01 * two["window"]), law=two["n"] ** -0.3)
+    planted.loc[~planted["n"].isin([64, 128]), ["rest", "law"]] = np.nan
+    found = tables.slope(planted, "rest", 64, 128)
+    assert found.value == pytest.approx(0.3, abs=1e-6) and not found.low <= 0.4 <= found.high
+    ratio = tables.against_law(planted)
+    assert np.allclose(ratio["value"], np.sqrt((1 + 1.01**2) / 2)) and (ratio["within"] == 1).all()
+    # Budgets: the first keys from which on the error is small, in the form of a probe.
+    budgets = tables.budgets(two, 8, 0.1)
+    assert len(budgets) == 270 and (budgets["keys_heaviest"] <= budgets["keys"]).all()
+    assert (tables.budgets(two, 8, 0.5)["keys_drawn"] <= budgets["keys_drawn"]).all()
+    assert tables.budget_table(budgets).shape == (4, 3)
+    with pytest.raises(ValueError, match="^first, last: expected two of 64, 128"):
+        tables.slope(planted, "rest", 64, 4096)
+    with pytest.raises(ValueError, match="^column: expected one of"):
+        tables.cube(table, "nothing")
+
+
+def test_the_matched_law_has_the_effective_tokens_that_were_measured(table):
+    one = table.assign(window=0)
+    late = one[one["n"] == 256]
+    total = tables.median_keys(256, 8) - 1
+    load = 2.0
+    planted = one.assign(effective_rest=1 / softmax_law.softmax_moments(total, load).participation.item())
+    found = tables.matched_law(planted, 8)
+    law = drawn_errors([64, 128], total, np.array([load]), np.zeros(1))
+    assert np.allclose(found[found["n"] == 64]["matched"], law[0], rtol=2e-3)
+    assert np.allclose(found[found["n"] == 128]["matched"], law[1], rtol=2e-3)
+    first = np.sqrt((total / 64 - 1) / planted["effective_rest"].iloc[0])
+    assert np.allclose(found[found["n"] == 64]["first_order"], first) and len(late) == 270
+
+
+RECORD, SENTENCES = "language_model_heads", ("README.md", "book/intro.md")
+
+
+def test_the_record_holds_what_the_chapter_says():
+    record = records.load(RECORD)
+    counts = record.table.groupby("window")[["layer", "head", "n"]].nunique()
+    assert len(counts) >= 8 and (counts == [30, 9, 26]).all(axis=None)
+    assert record.meta["config"]["context"] == record.table["n"].max() == 8192
+    factors = tables.factors(record.table, record.meta["config"]["queries"])
+    # Measured errors are below the law and the twin, more so at more keys; skewness would make it worse.
+    assert (factors.loc[256:, ["law", "twin"]] < 0.95).all(axis=None) and factors.loc[64, "law"] > 0.8
+    assert factors.loc[4096, "law"] < factors.loc[64, "law"] and factors.loc[4096, "skew"] > 1
+    phases = tables.phases(record.table).set_index("n")
+    assert phases.loc[8192, "load"] > 1.5 * phases.loc[64, "load"]
+    assert np.allclose(phases["past_load"] / phases.loc[8192, "load"], 1, atol=0.05)
+    slope = tables.slope(record.table, "rest", 64, 1024)
+    assert slope.high < 0.3 and slope.low > 0.05
+    assert records.load("language_model_domains").table["domain"].nunique() >= 3
+
+
+@pytest.mark.parametrize("page", SENTENCES)
+def test_the_headline_on_the_first_pages_is_that_of_the_record(page):
+    said = " ".join((Path(__file__).resolve().parents[1] / page).read_text(encoding="utf-8").split())
+    assert tables.headline(records.load(RECORD)) in said
