@@ -13,7 +13,7 @@ from tokcx_lib.studies.language_model.tables import median_errors, phases, sinks
 
 NAMES = {"drawn": "drawn", "latest": "latest", "first_latest": "first + latest", "heaviest": "heaviest"}
 LOOKS = dict(zip(POLICIES, (plots.PALETTE[0], plots.PALETTE[1], plots.PALETTE[2], "#A0527D")))
-LEAST_ERROR = 0.003
+LEAST_ERROR = 0.006
 KEYS = "keys read $n$"
 
 
@@ -75,9 +75,8 @@ def load_curves(ax: Axes, table: pd.DataFrame) -> None:
     spread = [found["load"] - found["load_low"], found["load_high"] - found["load"]]
     ax.errorbar(n, found["load"], spread, fmt="o-", color=plots.PALETTE[0], linewidth=1.2, capsize=2)
     ax.plot(n, found["past_load"], "s-", color=plots.PALETTE[1], linewidth=1.2, markersize=4)
-    place = 3 if len(n) > 4 else 1
-    ax.annotate("queries that\nhave $n$ keys", (n.iloc[place + 1], found["load"].iloc[place + 1]), (4, -7),
-                textcoords="offset points", color=plots.PALETTE[0], va="top")  # fmt: skip
+    ax.annotate("queries that have $n$ keys", (n.iloc[1], found["load"].iloc[1]), (0, 20), textcoords="offset points",
+                color=plots.PALETTE[0], va="bottom")  # fmt: skip
     ax.annotate("late queries, $n$ drawn", (n.iloc[0], found["past_load"].iloc[0]), (3, 7), textcoords="offset points",
                 color=plots.PALETTE[1], va="bottom")  # fmt: skip
     ax.set(xlabel="keys $n$", ylabel="load $s$ of the median head", ylim=(0, None))
