@@ -17,7 +17,17 @@ from scipy.special import log_ndtr, logsumexp
 from torch import Tensor
 
 from tokcx_lib.theory import rates
-from tokcx_lib.validation import as_count, as_matrix, as_number, as_positive, as_square, as_tokens, finite_answer
+from tokcx_lib.validation import (
+    as_count,
+    as_matrix,
+    as_number,
+    as_positive,
+    as_square,
+    as_tokens,
+    as_vectors,
+    as_wide,
+    finite_answer,
+)
 
 _NODES, _SHARES = np.polynomial.laguerre.laggauss(60)  # of the weights log(n/j), which are exponential
 
@@ -41,8 +51,8 @@ def reading_weights(n: int) -> Tensor:
 def key_influence(z, B) -> Tensor:
     """The part of `rates.influence` that a token has as a key: g(z) = psi(z) - B z, shape (..., d)."""
     B = as_square("B", B)
-    found = rates.influence(z, B)
-    return found - torch.as_tensor(z, dtype=found.dtype) @ B.to(found).mT
+    z = as_vectors("z", as_wide("z", z), len(B))
+    return finite_answer("z", rates.influence(z, B) - z @ B.to(z).mT)
 
 
 def first_order(z, B) -> Tensor:
