@@ -317,6 +317,19 @@ FUNCTIONS: dict[str, dict] = {
     "stacks.step": {"x": normal(12, DIM)},
     "limits.gaussian_limit": {"law": law(), "shift": normal(DIM)},
     "fits.fit_slopes": {"table": pd.concat([_table().assign(half=h) for h in (0, 1)])},
+    "verdicts.ideal_rates": {"horizons": [1.5], "counts": (20,)},
+    "lemmas.query_exponents": {
+        "errors": pd.DataFrame(
+            {
+                "sigma": 0.3,
+                "n": [1000, 2000] * 3,
+                "replicate": [0, 0, 1, 1, 2, 2],
+                "error": [0.2, 0.1, 0.25, 0.12, 0.21, 0.11],
+                "share": 1.0,
+            }
+        )
+    },
+    "lemmas.minimax_means": {"n": 1000, "psi": 1.0},
     "lemmas.pair_gaps": {"lengths": [5, 20]},
     "lemmas.query_errors": {"lengths": [1000, 2000]},
     "rates.exponent": {},

@@ -9,7 +9,6 @@ import torch
 from scipy import integrate, stats
 
 from tokcx_lib import records, runtime
-from tokcx_lib.sampling import fits
 from tokcx_lib.studies.sharp import lemmas, verdicts
 from tokcx_lib.theory import bias_law, moment_bias, rates, stable_density, stable_limit
 from tokcx_lib.theory.softmax_law import softmax_moments
@@ -124,6 +123,13 @@ def test_the_verdict_knows_exact_laws():
     assert verdicts.evidence(1e-6 * heavy) == pytest.approx(verdicts.evidence(heavy), abs=1e-6)
 
 
+def test_exactly_stable_values_are_known_as_by_scipy():
+    rng, line = np.random.default_rng(6), verdicts.threshold(50)
+    other = (verdicts.evidence(stats.levy_stable.rvs(1.25, 0, size=(1000, 50), random_state=rng)) <= line).mean()
+    found = verdicts.ideal_rates((2.0,), (50,))["wrong"].item()
+    assert abs(found - other) < 0.04 and found < 0.15
+
+
 def test_error_rates_count_wrong_answers():
     rng = np.random.default_rng(3)
     normal, heavy = rng.normal(size=2000), stats.levy_stable.rvs(1.25, 0, size=2000, random_state=rng)
@@ -225,16 +231,21 @@ def _pair_density(z, x, h=0.25):
 
 
 def test_errors_of_a_query_have_their_exponents():
-    table = lemmas.query_errors([0.2, 0.6], [10**6, 10**12], 1500, 4)
-    slopes = fits.fit_slopes(table, "error", "sigma").set_index("sigma")
-    share = table.groupby(["sigma", "n"])["share"].mean()
+    errors = lemmas.query_errors([0.2, 0.6], [10**6, 10**12], 1500, 4)
+    table = lemmas.query_exponents(errors)
+    share = errors.groupby(["sigma", "n"])["share"].mean()
     assert abs(share[0.2, 10**12] - 1) < 0.08  # halved, or without 1 + s^2, this is off by far more
-    # phi, less what the power of log n in front takes from the slope between the two lengths
-    for sigma, phi, power in ((0.2, 0.46, 0.5), (0.6, 0.16, 0.2)):
-        claim = phi - power * math.log(2) / math.log(10**6)
-        row = slopes.loc[sigma]
-        assert abs(row["exponent"] - claim) < 4 * row["stderr"] + 0.01
-        assert abs(row["exponent"] - claim - 0.1) > 4 * row["stderr"] + 0.01
+    room = 4 * table["±"] + 0.01
+    assert (abs(table["measured"] - table["with logs"]) < room).all()
+    for planted in (table["with logs"] + 0.1, table["with logs"] - 0.1, table["with logs"] / 2):
+        assert (abs(table["measured"] - planted) > room).all()
+
+
+def test_the_minimax_law_keeps_its_exponent():
+    found = [lemmas.minimax_means(n, 2.0, 100_000, 1) for n in (10**3, 10**6, 10**9)]
+    assert max(found) < 1.1 * min(found) and min(found) > 1 / (4 * math.e)
+    planted = [value * n**0.02 for value, n in zip(found, (10**3, 10**6, 10**9))]
+    assert max(planted) > 1.1 * min(planted)
 
 
 def test_the_largest_term_against_the_sum():

@@ -15,9 +15,9 @@ import pandas as pd
 import torch
 
 from tokcx_lib import runtime
-from tokcx_lib.sampling import binned
+from tokcx_lib.sampling import binned, fits
 from tokcx_lib.theory import rates
-from tokcx_lib.validation import as_array, as_count, as_list, as_number, as_positive
+from tokcx_lib.validation import as_array, as_count, as_kind, as_list, as_number, as_positive
 
 _FLAT = 700.0  # e^700 is the largest power that is taken
 
@@ -108,3 +108,45 @@ def largest_and_sum(sizes: Sequence[int], level: float) -> tuple[float, float]:
         raise ValueError(f"sizes: expected 1 to 16 numbers, got {len(sizes)}")
     sums = [abs(sum(s * a for s, a in zip(sizes, signs))) for signs in itertools.product((1, -1), repeat=len(sizes))]
     return float(max(map(abs, sizes)) > level), sum(total > level for total in sums) / len(sums)
+
+
+def query_exponents(errors: pd.DataFrame) -> pd.DataFrame:
+    """Exponents of `query_errors` beside phi(sigma), and beside phi less what the powers of log n take from it.
+
+    Up to sigma = 1/2 the latter is that of the mean size of the normal limit; beyond, the largest tokens give the error
+    the factor (log n)^{(1 - sigma)/2}.
+    """
+    errors = as_kind("errors", errors, pd.DataFrame)
+    if missing := {"sigma", "n", "replicate", "error", "share"} - set(errors):
+        raise ValueError(f"errors: expected the columns of query_errors, got none of {', '.join(sorted(missing))}")
+    rows = []
+    for sigma, part in errors.groupby("sigma"):
+        fit = fits.fit_slope(part, "error")
+        log_n = np.log([part["n"].min(), part["n"].max()])
+        if sigma <= 0.5:
+            phi = 0.5 - sigma**2
+            sizes = np.log((part["error"] / part["share"]).groupby(part["n"]).first())
+            claim = (sizes.iloc[0] - sizes.iloc[-1]) / (log_n[1] - log_n[0])
+        else:
+            phi = (1 - sigma) ** 2
+            claim = phi - (1 - sigma) / 2 * np.log(log_n[1] / log_n[0]) / (log_n[1] - log_n[0])
+        rows.append((sigma, fit.exponent, fit.stderr, phi, claim))
+    return pd.DataFrame(rows, columns=["sigma", "measured", "±", "phi", "with logs"])
+
+
+def minimax_means(n: float, psi: float, replicates: int, seed: int) -> float:
+    """E|first coordinate of the mean| n^{1/(4 psi)} / sqrt(2 log n) for the law that attains the sub-Gaussian exponent.
+
+    Three kinds of keys and three of queries, drawn as multinomial counts; n from 10 to 10^12, psi >= 1/2.
+    """
+    n, psi = as_count("n", n, least=10, most=10**12), as_number("psi", psi, 0.5, 1e3)
+    replicates = as_count("replicates", replicates, most=10**6)
+    seed = torch.randint(2**62, (1,), generator=runtime.stream(seed, n)).item()
+    rng, level, share = np.random.default_rng(seed), math.sqrt(2 * math.log(n)), n ** (-1 / (4 * psi))
+    keys = rng.multinomial(n, [1 - 1 / n, 0.5 / n, 0.5 / n], replicates)
+    queries = rng.multinomial(n, [1 - share, share / 2, share / 2], replicates)
+    mean = np.zeros(replicates)
+    for tilt, count in zip((0.0, 1.0, -1.0), queries.T):
+        up, down = float(n) ** tilt * keys[:, 1], float(n) ** -tilt * keys[:, 2]
+        mean += count / n * level * (up - down) / (keys[:, 0] + up + down)
+    return float(np.abs(mean).mean() / (share * level))

@@ -103,3 +103,28 @@ def error_rates(table: pd.DataFrame, counts=(20, 50, 100, 200), error: float = 0
             stderr = math.sqrt(stable * (1 - stable) / len(batches))
             rows.append((horizon, count, len(batches), stable, stderr, 1 - stable if horizon > 1 else stable))
     return pd.DataFrame(rows, columns=["horizon", "replicates", "batches", "stable", "stderr", "wrong"])
+
+
+def ideal_rates(
+    horizons=(1.2, 1.5, 2.0), counts=(20, 50, 100, 200), error: float = 0.01, draws: int = 2000
+) -> pd.DataFrame:
+    """How often batches of *exactly* stable values, alpha = 1 + 1/horizon^2, are called normal, from a fixed seed.
+
+    Columns horizon, replicates, wrong. Values by the formula of Chambers, Mallows and Stuck (1976).
+    """
+    horizons, rows = as_array("horizons", horizons).ravel(), []
+    if not ((horizons > 1.03) & (horizons < 4)).all():
+        raise ValueError(f"horizons: expected numbers between 1.03 and 4, got {horizons[:8]}")
+    draws = as_count("draws", draws, least=100, most=10**5)
+    for count in as_list("counts", counts, "integers"):
+        count = as_count("counts", count, least=5, most=10_000)
+        line = threshold(count, error)
+        for i, horizon in enumerate(horizons.tolist()):
+            stream = runtime.stream(1, count, i)
+            angle = math.pi * (torch.rand(draws, count, generator=stream, dtype=torch.float64) - 0.5)
+            wait = -torch.log(torch.rand(draws, count, generator=stream, dtype=torch.float64))
+            alpha = 1 + 1 / horizon**2
+            values = torch.sin(alpha * angle) / torch.cos(angle) ** (1 / alpha)
+            values = values * (torch.cos((1 - alpha) * angle) / wait) ** ((1 - alpha) / alpha)
+            rows.append((horizon, count, float((evidence(values.numpy()) <= line).mean())))
+    return pd.DataFrame(rows, columns=["horizon", "replicates", "wrong"])
