@@ -14,6 +14,7 @@ from tokcx_lib.studies.language_model.tables import median_errors, phases, sinks
 NAMES = {"drawn": "drawn", "latest": "latest", "first_latest": "first + latest", "heaviest": "heaviest"}
 LOOKS = dict(zip(POLICIES, (plots.PALETTE[0], plots.PALETTE[1], plots.PALETTE[2], "#A0527D")))
 LEAST_ERROR = 0.006
+LEAST_COST = 0.003  # nats
 KEYS = "keys read $n$"
 
 
@@ -131,3 +132,26 @@ def budget_dots(ax: Axes, heads: pd.DataFrame) -> None:
     ax.text(0.01, 0.93, "- - all keys", transform=ax.transAxes)
     ax.text(0.22, 0.93, "● the first and the latest", color=LOOKS["first_latest"], transform=ax.transAxes)
     ax.text(0.62, 0.93, "● the heaviest (oracle)", color=LOOKS["heaviest"], transform=ax.transAxes)
+
+
+def loss_points(ax: Axes, both: pd.DataFrame) -> None:
+    """What a token costs more against the error of the heads, from `loss_tables.foretold`: marks by policy, labelled
+    with the number of keys, their intervals where these are above zero, and the power of the error that fits."""
+    some = both[both["excess"] > LEAST_COST]
+    for policy in POLICIES:
+        rows = some.loc[some.index.get_level_values("order") == policy]
+        low = np.minimum(rows["half"], 0.999 * rows["excess"])
+        low = np.where(rows["half"] < rows["excess"], low, 0.0)
+        ax.errorbar(rows["rms"], rows["excess"], [low, np.where(low > 0, rows["half"], 0.0)], fmt="o",
+                    color=LOOKS[policy], capsize=2, linewidth=1)  # fmt: skip
+        for (_, keys), row in rows.iterrows():
+            ax.annotate(f"{keys:,}", (row["rms"], row["excess"]), (6, -10), textcoords="offset points",
+                        color=LOOKS[policy], fontsize=9)  # fmt: skip
+    slope, start = np.polyfit(np.log(some["rms"]), np.log(some["excess"]), 1)
+    ends = np.array([some["rms"].min(), some["rms"].max()])
+    ax.plot(ends, np.exp(start) * ends**slope, color=plots.INK, linewidth=1.1)
+    for place, policy in enumerate(POLICIES):
+        ax.text(0.03, 0.93 - 0.075 * place, f"● {NAMES[policy]}", color=LOOKS[policy], transform=ax.transAxes)
+    ax.set(xscale="log", yscale="log", xlabel="error of the heads / spread of values", ylabel="nats a token more")
+    ax.set_xticks([0.05, 0.1, 0.2, 0.5], ["0.05", "0.1", "0.2", "0.5"])
+    ax.xaxis.set_minor_formatter(NullFormatter())
