@@ -300,3 +300,27 @@ def test_forecasts_and_how_far_they_agree():
     assert loss_tables.agreement(together) == pytest.approx({"rank": 1, "exponent": 2, "scatter": 1}, abs=1e-6)
     other = loss_tables.foretold(table_of({key: 1 / value for key, value in told.items()}), forecast)
     assert loss_tables.agreement(other)["rank"] == pytest.approx(-1)
+
+
+# ---------------------------------------------------------------- records
+
+
+def test_the_forecast_is_of_all_heads_and_falls_with_the_keys():
+    table, meta = records.load("language_model_forecast")
+    assert len(table) == meta["config"]["replicates"] * 270 * 4 and table["budget"].between(1, 2048).all()
+    found = loss_tables.forecasts(table)
+    for order in policies.POLICIES:
+        assert (found.loc[order].sort_index()["rms"].diff().dropna() < 0).all()
+
+
+def test_the_loss_after_a_prompt_falls_with_the_keys_and_follows_the_forecast():
+    forecast, answers = records.load("language_model_forecast"), records.load("language_model_answers")
+    assert answers.meta["forecast_sha256"] == forecast.meta["sha256"]
+    found = loss_tables.costs(answers.table)
+    assert found.loc[(loss_experiments.ALL, 2048), "excess"] == 0
+    for order in loss.ORDERS:
+        assert (found.loc[order].drop(index=0, errors="ignore").sort_index()["excess"].diff().dropna() < 0).all()
+    together = loss_tables.foretold(answers.table, forecast.table)
+    assert len(together) == 16 and loss_tables.agreement(together)["rank"] > 0.9
+    shuffled = together.assign(rms=together["rms"].sample(frac=1, random_state=0).to_numpy())
+    assert abs(loss_tables.agreement(shuffled)["rank"]) < 0.6  # planted: errors of other orders

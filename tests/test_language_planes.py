@@ -5,7 +5,7 @@ import torch
 import transformers
 from test_language_loss import IDS, alone, normal, tiny
 
-from tokcx_lib import runtime
+from tokcx_lib import records, runtime
 from tokcx_lib.models.capture import capture
 from tokcx_lib.studies.language_model import plane_experiments, planes
 from tokcx_lib.studies.language_model.answering import token_losses
@@ -154,3 +154,15 @@ def test_a_unit_can_be_run_alone(name, monkeypatch):
         assert (part.table.groupby(["layer", "head"])[["pattern", "content"]].sum().sum(axis=1) - 1).abs().max() < 1e-6
         found = plan.summary([part.arrays] * 2)["planes"]
         assert sum(found["pattern"]) + sum(found["content"]) == pytest.approx(1, abs=1e-2)
+
+
+def test_the_record_has_all_heads_and_shares_that_add_up():
+    table, meta = records.load("language_model_planes")
+    heads = table.groupby(["replicate", "layer", "head"])[["pattern", "content"]].sum().sum(axis=1)
+    assert len(heads) == 270 * meta["config"]["replicates"] and (heads - 1).abs().max() < 1e-4
+    theta = torch.tensor(meta["theta"])
+    assert plane_experiments.groups(theta, meta["config"]["context"]) == meta["groups"]
+    single, mean = meta["planes"], table.groupby("group")[["pattern", "content"]].mean()
+    for group, numbers in meta["groups"].items():
+        for kind in ("pattern", "content"):
+            assert sum(single[kind][m] for m in numbers) == pytest.approx(mean.loc[group, kind], abs=1e-3)

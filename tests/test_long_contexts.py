@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from tokcx_lib import records
+from tokcx_lib.probe.policies import POLICIES, keys_needed
 from tokcx_lib.studies.depth import tables as depth_tables
 from tokcx_lib.studies.language_model import loss_tables
 from tokcx_lib.studies.sparse import tables as sparse_tables
@@ -82,9 +84,10 @@ def words():
     planes = records.load("language_model_planes")
     needed, costs = loss_tables.budgets(forecast.table), loss_tables.costs(answers.table)
     orders = ("drawn", "latest", "first_latest", "heaviest")
-    found = {order: f"{needed.loc[order, 'half']:,.0f} | {needed.loc[order, 'nine_tenths']:,.0f}" for order in orders}
+    longer = longer_budgets()
+    both = {order: [*needed.loc[order, ["half", "nine_tenths"]], *longer[order]] for order in orders}
+    found = {order: " | ".join(f"{keys:,.0f}" for keys in both[order]) for order in orders}
     excess = costs["excess"]
-    found["within"] = percent(loss_tables.forecasts(forecast.table).loc[("drawn", 1024), "within"])
     found |= {"latest1024": f"{excess['latest', 1024]:.2f}", "first1024": f"{excess['first_latest', 1024]:.2f}"}
     found |= {
         f"{name}_articles": count(record.meta["config"]["replicates"])
@@ -104,8 +107,29 @@ def words():
     found["losses"] = "\n".join(lines).replace("-0.00", "0.00")
     own = answers.table.query("keys == 0 and order == 'heaviest'")["mean_keys"].mean()
     found |= {"ownheavy": f"{own:.0f}", "ownloss": f"{excess['heaviest', 0]:.2f}"}
+    many = answers.table.query("keys == 0 and order == 'first_latest'")["mean_keys"].mean()
+    found |= {"ownmany": f"{many:.0f}", "first256": f"{excess['first_latest', 256]:.2f}"}
+    errors = loss_tables.forecasts(forecast.table)["rms"]
+    found |= {f"rms{order}": f"{errors[order, 1024]:.2f}" for order in ("drawn", "latest")}
+    large = costs[costs["excess"] > 0.1]
+    found["halfwidth"] = percent((large["half"] / large["excess"]).max())
+    kinds = {"ownfirst": "first_latest", "ownlatest": "latest", "owndrawn": "drawn"}
+    found |= {name: f"{excess[order, 0]:.2f}" for name, order in kinds.items()}
     found |= {"ownfactor": f"{costs.loc[('heaviest', 0), 'factor']:.2f}"}
     return found | {"heads": str(len(forecast.table[["layer", "head"]].drop_duplicates()))}
+
+
+@functools.cache
+def longer_budgets():
+    """Keys for half and nine tenths of the heads in windows of 8,192 tokens: of each head the median over windows."""
+    table = records.load("language_model_heads").table
+    lengths, found = sorted(table["n"].unique()), {}
+    for order in POLICIES:
+        errors = table.pivot_table(index=["layer", "head", "window"], columns="n", values=order)[lengths].to_numpy()
+        needed = [keys_needed(lengths, row**2, loss_tables.ERROR) for row in errors]
+        each = np.median(np.reshape(needed, (-1, table["window"].nunique())), 1)
+        found[order] = np.quantile(each, [0.5, 0.9], method="higher")
+    return found
 
 
 def count(number):
@@ -121,13 +145,12 @@ def language_model():
     names = {"drawn": "at random", "latest": "the latest", "first_latest": "the first and the latest"}
     names |= {"heaviest": "the heaviest"}
     return [
-        "windows of 2,048 tokens have up to",
+        "| keys read | 2,048 tokens, half | nine tenths | 8,192 tokens, half | nine tenths |",
         *(f"| {name} | {w[order]} |" for order, name in names.items()),
-        f"With 1,024 keys at random {w['within']} of the heads are within that error.",
         f"the 1,024 latest keys, a token costs {w['latest1024']} nats more than with all; with the first position in "
         f"place of one of them, {w['first1024']}.",
         "a prompt of 1,792 tokens as it is",
-        f"rounded to 4 bits, on {w['forecast_articles']} articles of Wikipedia for the heads and "
+        f"rounded to 4 bits, {w['forecast_articles']} articles of Wikipedia at each length for the heads, "
         f"{w['answers_articles']} for the loss.",
         f"over a window of 2,048 tokens, the {w['standing']} planes that turn by a radian at most carry "
         f"{w['content']} in",
@@ -139,9 +162,13 @@ def language_model():
         f"{w['scatter']} of",
         *w["losses"].split("\n"),
         f"with 64 keys {w['anchored']} nats.",
-        "256 tokens of each",
+        f"1,024 keys at random err less than the 1,024 latest, {w['rmsdrawn']} spreads against {w['rmslatest']}, and",
+        f"with 256 tokens of each article after the prompt; 95% intervals over articles reach to {w['halfwidth']} of",
         f"keep its own error at a tenth, {w['ownheavy']} on average, a token still costs {w['ownloss']} nats more, a "
-        f"perplexity {w['ownfactor']} times as large. The model has {w['heads']} heads",
+        f"perplexity {w['ownfactor']} times as large.",
+        f"the first and the latest keys cost {w['ownfirst']} nats, the latest {w['ownlatest']}, and keys at random "
+        f"{w['owndrawn']}:",
+        f"it takes {w['ownmany']} on average, and costs more than 256 of them in every head ({w['first256']}).",
     ]
 
 
@@ -150,6 +177,17 @@ def conclusions():
     forecast, answers = records.load("language_model_forecast"), records.load("language_model_answers")
     needed, excess = loss_tables.budgets(forecast.table), loss_tables.costs(answers.table)["excess"]
     assert needed["nine_tenths"].idxmin() == "heaviest" and needed.loc["heaviest", "nine_tenths"] < 100
+    longer = longer_budgets()
+    assert longer["heaviest"][0] < 1.5 * needed.loc["heaviest", "half"] and longer["heaviest"][1] < 100
+    assert (longer["first_latest"] < 1.5 * needed.loc["first_latest", ["half", "nine_tenths"]]).all()
+    assert needed.loc["drawn", "half"] > 1024 and longer["drawn"][0] > 4096
+    each = answers.table.pivot_table(index="replicate", columns=["order", "keys"], values="excess")
+    for more, less in (
+        (("drawn", 0), ("heaviest", 0)),
+        (("first_latest", 0), ("first_latest", 256)),
+        (("drawn", 1024), ("latest", 1024)),
+    ):
+        assert stats.ttest_rel(each[more], each[less], alternative="greater").pvalue < 0.025
     assert (excess["anchored"][[16, 64, 256]] > excess["first_latest"][[16, 64, 256]] + 1).all()
     assert answers.meta["config"]["prompt"] == 1792 and answers.table["tokens"].unique().tolist() == [256]
 
