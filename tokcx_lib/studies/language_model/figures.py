@@ -12,7 +12,7 @@ from tokcx_lib.probe.policies import POLICIES
 from tokcx_lib.studies.language_model.tables import median_errors, phases, sinks
 
 NAMES = {"drawn": "drawn", "latest": "latest", "first_latest": "first + latest", "heaviest": "heaviest"}
-LOOKS = dict(zip(POLICIES, (plots.PALETTE[0], plots.PALETTE[1], plots.PALETTE[2], "#A0527D")))
+LOOKS = dict(zip(POLICIES, (plots.PALETTE[0], plots.PALETTE[1], plots.PALETTE[2], plots.PALETTE[3])))
 LEAST_ERROR = 0.006
 LEAST_COST = 0.003  # nats
 KEYS = "keys read $n$"
@@ -34,7 +34,12 @@ def policy_curves(ax: Axes, table: pd.DataFrame) -> None:
         ax.plot(rows["n"], rows["value"], "o", color=LOOKS[policy], markersize=4)
         ax.plot(rows["n"], rows["value"], color=LOOKS[policy], linewidth=0.9)
         ax.fill_between(rows["n"], rows["low"], rows["high"], color=LOOKS[policy], alpha=0.18, linewidth=0)
-        ends.append((rows["n"].iloc[-1], rows["value"].iloc[-1], NAMES[policy], LOOKS[policy]))
+        if policy == "heaviest":  # there is no room at its end
+            middle = rows.iloc[len(rows) // 2]
+            ax.annotate(NAMES[policy], (middle["n"], middle["low"]), (-6, -4), textcoords="offset points",
+                        color=LOOKS[policy], ha="right", va="top")  # fmt: skip
+        else:
+            ends.append((rows["n"].iloc[-1], rows["value"].iloc[-1], NAMES[policy], LOOKS[policy]))
     ax.set(yscale="log", xlabel=KEYS, ylabel="error / spread of values")
     plots.label_ends(ax, ends)
     _lengths(ax, 1, errors["n"].max())

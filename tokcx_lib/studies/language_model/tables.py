@@ -61,7 +61,8 @@ def median_errors(table: pd.DataFrame, columns: Sequence[str] = POLICIES) -> pd.
         for place, n in enumerate(lengths):
             if not (array[:, :, place] > 0).any():
                 continue
-            found = jackknife(lambda part, place=place: _typical(part)[place], array)
+            with np.errstate(divide="ignore", invalid="ignore"):  # of errors that are rounded to 0: no interval
+                found = jackknife(lambda part, place=place: _typical(part)[place], array)
             rows.append((column, n, *found, *np.quantile(heads[:, place], [0.1, 0.9])))
     return pd.DataFrame(rows, columns=["error", "n", "value", "low", "high", "head_10", "head_90"])
 
