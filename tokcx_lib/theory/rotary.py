@@ -15,7 +15,7 @@ from scipy.special import ive
 from torch import Tensor
 
 from tokcx_lib.theory.laws import Law
-from tokcx_lib.theory.softmax_law import softmax_moments
+from tokcx_lib.theory.softmax_law import MOST_TILT, softmax_moments
 from tokcx_lib.validation import (
     as_array,
     as_broadcast,
@@ -167,20 +167,20 @@ def mean_lengths(n, q, theta) -> np.ndarray:
 
     Parameters
     ----------
-    n : number of keys, at least 1; q : (2M,), q = 0 excluded; theta : (M,).
+    n : number of keys, at least 1; q : (2M,), of a length up to 300, q = 0 excluded; theta : (M,).
 
     Returns
     -------
     (M,), in units of a key's standard deviation
 
-    Raises ValueError if shapes do not match or q is zero.
+    Raises ValueError if shapes do not match, or q is zero or too long.
 
     Source: chapter 13.
     """
     n = as_count("n", n)
     theta = as_tensor("theta", theta, ndim=1).double()
     q = as_vector("q", q, 2 * len(theta)).double()
-    load = as_positive("length of q", q.norm().item())
+    load = as_positive("q: its length", q.norm().item(), most=MOST_TILT)
     kept = 1 - softmax_moments(float(n), load).participation
     return kept * q.reshape(-1, 2).norm(dim=1).numpy() * plane_factor(float(n), theta.numpy())
 

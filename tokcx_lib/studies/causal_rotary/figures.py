@@ -50,9 +50,10 @@ def mean_lengths(ax: Axes, table: pd.DataFrame, angles) -> None:
         line = [np.linalg.norm(rotary.mean_lengths(int(k), q, angles)) / load for k in n]
         ax.plot(n, line, color=colour, linewidth=1.2)
         ax.errorbar(part["n"], part["measured"] / load, 2 * part["error"] / load, fmt=mark, color=colour, capsize=2)
-        at = np.argmin(np.abs(n - 22))
-        text = {"textcoords": "offset points", "ha": "center", "va": "center"}
-        ax.annotate(f"load {load:g}", (n[at], line[at]), (0, -13), color=colour, **text)
+        at = np.argmin(np.abs(n - 13))
+        ax.annotate(
+            f"load {load:g}", (n[at], line[at]), (0, -13), textcoords="offset points", color=colour, va="center"
+        )
     many = [np.linalg.norm(rotary.plane_factor(k, angles)) / len(angles) ** 0.5 for k in n]
     ax.plot(n, many, ":", color=plots.INK, linewidth=1.4)
     ax.annotate("many keys at each distance", (n[0], many[0]), (-4, 12), textcoords="offset points")
