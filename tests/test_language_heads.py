@@ -240,6 +240,10 @@ def test_the_record_holds_what_the_chapter_says():
     assert np.allclose(phases["past_load"] / phases.loc[8192, "load"], 1, atol=0.05)
     slope = tables.slope(record.table, "rest", 64, 1024)
     assert slope.high < 0.3 and slope.low > 0.05
+    domains = records.load("language_model_domains")
+    assert (
+        (domains.table.groupby("domain")["window"].nunique() >= 2).sum() == len(domains.meta["config"]["corpora"]) >= 3
+    )
 
 
 @pytest.mark.parametrize("page", SENTENCES)
