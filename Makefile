@@ -8,11 +8,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
 # As strict as it gets: a warning or a reference to nowhere fails the build.
 BUILD := $(BIN)/jupyter-book build -q . --all -W -n --keep-going
-# Unit tests, fresh notebooks, then every chapter re-executed and compared to
-# its stored outputs; tests/book builds the book and looks at its pages.
-TEST := $(BIN)/python -m pytest --nbval --nbval-current-env \
+# Two at a time, each on one thread, what takes longest first; conftest.py says
+# what stays together. WORKERS=0: one after the other, in this process.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
+# Every chapter re-executed and compared to its stored outputs; tests/book builds
+# the book and looks at its pages; then fresh notebooks, and the unit tests.
+TEST := $(PYTEST) --nbval --nbval-current-env \
 	--nbval-sanitize-with tests/nbval_sanitize.cfg \
-	--nbval-cell-timeout 600 tests chapters
+	--nbval-cell-timeout 600 chapters tests
 
 .PHONY: help book test test-all test-unit lint run lab course slides check-pins check-pythons check-lowest clean
 
@@ -30,6 +34,7 @@ help:
 	@echo "make check-pythons   the unit tests on each of them that is here, in .venv-3.11, …"
 	@echo "make check-lowest    the library's tests with the lowest versions that pyproject.toml declares (Python 3.11)"
 	@echo "make clean       remove what was built (not .venv)"
+	@echo "WORKERS=4 make test   with four tests at a time (2, if not said)"
 	@echo "PYTHON=python3.12 make …  chooses the Python, 3.11 or newer, of a new .venv"
 
 book: $(VENV)/.book
@@ -69,7 +74,7 @@ check-pins: $(VENV)/.created
 	@echo "The pinned versions resolve on all three."
 
 test-unit: $(VENV)/.full
-	$(BIN)/python -m pytest tests --ignore tests/book --ignore tests/test_nbval.py
+	$(PYTEST) tests --ignore tests/book --ignore tests/test_nbval.py
 
 check-pythons:
 	@for version in 3.11 3.12 3.13; do \

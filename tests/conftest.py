@@ -1,5 +1,6 @@
-"""A book of one chapter, for the tests of the tools; and the fixed text, whatever the scipy."""
+"""A book of one chapter, for the tests of the tools; the packaged models and the fixed text, read once."""
 
+import functools
 import hashlib
 import shutil
 from pathlib import Path
@@ -66,15 +67,35 @@ def lay_out(root: Path) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def fixed_text():
-    """With another scipy than the book's (`make check-lowest`) its docstrings are the text, for the tests."""
+    """The docstrings of scipy are read once, for all tests, and only if one asks.
+
+    With another scipy than the book's (`make check-lowest`) they are the fixed text, for the tests.
+    """
     import scipy
 
     from tokcx_lib.models import corpora
 
+    corpora.scipy_articles = functools.cache(corpora.scipy_articles)
     if scipy.__version__ not in corpora.SCIPY_DOCS_SHA256:
         lines = [line for article in corpora.scipy_articles() for line in article.paragraphs]
         text = "\n".join(lines) + "\n"
         corpora.SCIPY_DOCS_SHA256[scipy.__version__] = hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """The embedded model, loaded once; a test that changes it changes it back."""
+    from tokcx_lib.models import loading
+
+    return loading.load_model("minilm")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The language model, likewise."""
+    from tokcx_lib.models import loading
+
+    return loading.load_model("smollm2")
 
 
 @pytest.fixture(scope="session")

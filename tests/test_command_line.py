@@ -20,11 +20,6 @@ DIGITS = "9" * 20
 THREE = "\N{ARABIC-INDIC DIGIT THREE}"
 
 
-@pytest.fixture(scope="module")
-def minilm():
-    return loading.load_model("minilm")
-
-
 @pytest.fixture
 def quick(monkeypatch, minilm, tmp_path):
     """A probe of the packaged model that takes no time: it is loaded once, and no figures are drawn."""

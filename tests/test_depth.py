@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tokcx_lib import records, runtime
-from tokcx_lib.models import corpora, loading, subsampled, windows
+from tokcx_lib.models import corpora, subsampled, windows
 from tokcx_lib.models.heads import Head
 from tokcx_lib.models.tokens import tokenize
 from tokcx_lib.sampling import binned
@@ -387,11 +387,6 @@ def test_first_order_of_two_heads_on_gaussian_tokens():
 
 
 # ------------------------------------------------------------ the embedded model
-
-
-@pytest.fixture(scope="module")
-def minilm():
-    return loading.load_model("minilm")
 
 
 def test_layer_errors_are_those_of_the_encoder(minilm):

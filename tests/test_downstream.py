@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tokcx_lib import runtime
-from tokcx_lib.models import corpora, loading, subsampled
+from tokcx_lib.models import corpora, subsampled
 from tokcx_lib.models.corpora import Article, Corpus
 from tokcx_lib.models.tokens import tokenize
 from tokcx_lib.studies.downstream import experiments as experiment
@@ -22,11 +22,6 @@ def units(*shape, seed=0):
     return torch.nn.functional.normalize(
         torch.randn(*shape, generator=runtime.generator(seed), dtype=torch.float64), dim=-1
     )
-
-
-@pytest.fixture(scope="module")
-def minilm():
-    return loading.load_model("minilm")
 
 
 # ---------------------------------------------------------------------------------------------------- distances

@@ -49,11 +49,6 @@ def test_attention_rebuilt_from_A_and_shift_is_the_models_own(kind, implementati
         assert torch.allclose(v, x @ head.V.mT)
 
 
-@pytest.fixture(scope="module")
-def minilm():
-    return loading.load_model("minilm")
-
-
 def test_the_embedded_model_is_the_published_one(minilm):
     assert minilm.sha256 == loading.EMBEDDED_SHA256["model.safetensors"]
     assert len(heads.heads(minilm)) == 72

@@ -10,18 +10,12 @@ import torch
 from scipy import stats
 
 from tokcx_lib import records, runtime
-from tokcx_lib.models import loading
 from tokcx_lib.models.corpora import Corpus
 from tokcx_lib.models.tokens import tokenize
 from tokcx_lib.probe.predictions import drawn_errors
 from tokcx_lib.studies.language_model import head_experiments, measures, tables, texts, twins
 from tokcx_lib.studies.registry import EXPERIMENTS
 from tokcx_lib.theory import softmax_law
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    return loading.load_model("smollm2")
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,6 @@ from tokcx_lib.models.tokens import collect_tokens, tokenize
 TEXT = "Softmax attention over many tokens is an average over a law of tokens. " * 12
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    return loading.load_model("smollm2")
-
-
 def test_it_has_the_heads_of_its_configuration_and_knows_english(smollm2):
     every = heads(smollm2)
     assert smollm2.sha256 == next(iter(loading.LANGUAGE_SHA256.values()))

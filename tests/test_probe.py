@@ -16,7 +16,7 @@ import torch
 from test_probe_report import Page
 
 from tokcx_lib import cli, records, runtime
-from tokcx_lib.models import corpora, heads, loading, tokenization
+from tokcx_lib.models import corpora, heads, tokenization
 from tokcx_lib.models.tokens import RunningMoments, collect_tokens, first_ids, layer_streams, token_moments, tokenize
 from tokcx_lib.probe import layers as probe_layers
 from tokcx_lib.probe import pooled, pooled_page, report, resuming
@@ -25,11 +25,6 @@ from tokcx_lib.sampling import distributed, streaming
 from tokcx_lib.theory import budgets, rates
 
 TOKENS, QUERIES = 6000, 48
-
-
-@pytest.fixture(scope="module")
-def minilm():
-    return loading.load_model("minilm")
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,6 @@ NUMBERS = {"windows": 2, "context": 64, "queries": 5, "layers": [1]}
 
 
 @pytest.fixture(scope="module")
-def minilm():
-    return loading.load_model("minilm")
-
-
-@pytest.fixture(scope="module")
 def table(minilm):
     return probe(minilm, TEXT, **NUMBERS)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tokcx_lib import records
-from tokcx_lib.models import corpora, loading, windows
+from tokcx_lib.models import corpora, windows
 from tokcx_lib.models.tokens import tokenize
 from tokcx_lib.models.windows import WINDOW, random_windows, wikipedia_windows
 from tokcx_lib.studies.real_heads import experiments
@@ -70,11 +70,6 @@ def test_variants_and_sinks_of_all_heads():
 
 
 # ------------------------------------------------------------ the experiments
-
-
-@pytest.fixture(scope="module")
-def minilm():
-    return loading.load_model("minilm")
 
 
 @pytest.fixture

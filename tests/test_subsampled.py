@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from tokcx_lib import runtime
-from tokcx_lib.models import architectures, loading, subsampled
+from tokcx_lib.models import architectures, subsampled
 from tokcx_lib.models.loading import TextModel
 
 SIZES = dict(vocab_size=60, hidden_size=24, intermediate_size=16, num_hidden_layers=2, max_position_embeddings=40)
@@ -30,11 +30,6 @@ def small(kind="Bert"):
             parameter.add_(0.3 * torch.randn_like(parameter))
     tokenizer = SimpleNamespace(cls_token_id=2, sep_token_id=3, pad_token_id=config.pad_token_id)
     return TextModel(kind, body, tokenizer, None)
-
-
-@pytest.fixture(scope="module")
-def minilm():
-    return loading.load_model("minilm")
 
 
 def own_output(model, batch):

@@ -77,11 +77,6 @@ TRAINERS = {
 
 
 @pytest.fixture(scope="module")
-def minilm():
-    return loading.load_model("minilm")
-
-
-@pytest.fixture(scope="module")
 def tokenizers(minilm):
     """One small tokenizer of each kind, trained on a source of this library."""
     source = Path(corpora.__file__).read_text(encoding="utf-8")
