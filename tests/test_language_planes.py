@@ -166,3 +166,9 @@ def test_the_record_has_all_heads_and_shares_that_add_up():
     for group, numbers in meta["groups"].items():
         for kind in ("pattern", "content"):
             assert sum(single[kind][m] for m in numbers) == pytest.approx(mean.loc[group, kind], abs=1e-3)
+
+
+def test_planes_that_stand_may_stand_still_and_are_not_to_be_missed():
+    table = records.load("language_model_still").table
+    nats = table.groupby(["change", "name"])["excess"].mean()
+    assert nats["still", "standing"] < 0.2 * nats["still", "fast"] and nats["gone", "standing"] > nats["gone", "fast"]

@@ -81,7 +81,7 @@ def layers():
 def words():
     """What the records of the language model say, as the page says it."""
     forecast, answers = records.load("language_model_forecast"), records.load("language_model_answers")
-    planes = records.load("language_model_planes")
+    planes, still = records.load("language_model_planes"), records.load("language_model_still")
     needed, costs = loss_tables.budgets(forecast.table), loss_tables.costs(answers.table)
     orders = ("drawn", "latest", "first_latest", "heaviest")
     longer = longer_budgets()
@@ -91,9 +91,12 @@ def words():
     found |= {"latest1024": f"{excess['latest', 1024]:.2f}", "first1024": f"{excess['first_latest', 1024]:.2f}"}
     found |= {
         f"{name}_articles": count(record.meta["config"]["replicates"])
-        for name, record in {"forecast": forecast, "answers": answers, "planes": planes}.items()
+        for name, record in {"forecast": forecast, "answers": answers, "planes": planes, "still": still}.items()
     }
-    found["planes_articles"] += " article" + "s" * (found["planes_articles"] != "one")
+    for name in ("planes_articles", "still_articles"):
+        found[name] += " article" + "s" * (found[name] != "one")
+    nats = still.table.groupby(["change", "name"])["excess"].mean()
+    found |= {f"{change}{name}": f"{nats[change, name]:.2f}" for change, name in nats.index}
     groups = planes.table.groupby("group")[["pattern", "content"]].mean()
     found |= {name: str(len(planes.meta["groups"][name])) for name in ("standing", "fast")}
     found |= {"content": percent(groups.loc["standing", "content"]), "pattern": percent(groups["pattern"].sum())}
@@ -156,7 +159,10 @@ def language_model():
         f"{w['content']} in",
         f"the {w['fast']} that turn once in 64 tokens or faster carry {w['fastcontent']}.",
         f"spread over all planes ({w['pattern']} in all)",
+        f"the first cost {w['stillstanding']} nats a token and the second {w['stillfast']}; taken away, "
+        f"{w['gonestanding']} and {w['gonefast']}.",
         f"means over {w['heads']} heads on {w['planes_articles']} of Wikipedia",
+        f"the losses are of {w['still_articles']} (record",
         f"grows like the {w['exponent']} power",
         f"from 16 to 1,024, the two have a rank correlation of {w['rank']}, and the loss lies within a factor of "
         f"{w['scatter']} of",

@@ -26,11 +26,11 @@ def groups(theta: Tensor, context: int) -> dict[str, list[int]]:
     """Planes by how far they turn in a context of n tokens.
 
     fast : once in 64 tokens or fewer; middle : in up to n; slow : in more than n, but by more than a radian in n;
-    standing : by a radian in n at most.
+    standing : by a radian in n at most. What is fast is nothing else.
     """
     period = 2 * math.pi / theta
     fast, whole, standing = period <= NEAR, period <= context, theta * context <= 1
-    chosen = fast, whole & ~fast, ~whole & ~standing, standing
+    chosen = fast, whole & ~fast, ~fast & ~whole & ~standing, ~fast & standing
     return {name: which.nonzero()[:, 0].tolist() for name, which in zip(GROUPS, chosen)}
 
 
