@@ -324,3 +324,15 @@ def test_the_loss_after_a_prompt_falls_with_the_keys_and_follows_the_forecast():
     assert len(together) == 16 and loss_tables.agreement(together)["rank"] > 0.9
     shuffled = together.assign(rms=together["rms"].sample(frac=1, random_state=0).to_numpy())
     assert abs(loss_tables.agreement(shuffled)["rank"]) < 0.6  # planted: errors of other orders
+
+
+def test_the_loss_of_whole_windows_falls_with_the_keys():
+    table, meta = records.load("language_model_loss")
+    found = loss_tables.costs(table)
+    assert found.loc[(loss_experiments.ALL, 2048), "excess"] == 0 and meta["config"]["keys"] == [16, 64, 256, 1024]
+    for order in policies.POLICIES:
+        assert (found.loc[order].sort_index()["excess"].diff().dropna() < 0).all()
+    early = loss_tables.by_position(table, 1024)
+    assert early.drop(columns=1024).abs().max(axis=None) < 1e-4  # whose whole past is read
+    several = loss_tables.by_position(table, 16)
+    assert (several > 0).all(axis=None)

@@ -82,6 +82,7 @@ def words():
     """What the records of the language model say, as the page says it."""
     forecast, answers = records.load("language_model_forecast"), records.load("language_model_answers")
     planes, still = records.load("language_model_planes"), records.load("language_model_still")
+    whole = records.load("language_model_loss")
     needed, costs = loss_tables.budgets(forecast.table), loss_tables.costs(answers.table)
     orders = ("drawn", "latest", "first_latest", "heaviest")
     longer = longer_budgets()
@@ -91,9 +92,15 @@ def words():
     found |= {"latest1024": f"{excess['latest', 1024]:.2f}", "first1024": f"{excess['first_latest', 1024]:.2f}"}
     found |= {
         f"{name}_articles": count(record.meta["config"]["replicates"])
-        for name, record in {"forecast": forecast, "answers": answers, "planes": planes, "still": still}.items()
+        for name, record in {
+            "forecast": forecast,
+            "answers": answers,
+            "planes": planes,
+            "still": still,
+            "loss": whole,
+        }.items()
     }
-    for name in ("planes_articles", "still_articles"):
+    for name in ("planes_articles", "still_articles", "loss_articles"):
         found[name] += " article" + "s" * (found[name] != "one")
     nats = still.table.groupby(["change", "name"])["excess"].mean()
     found |= {f"{change}{name}": f"{nats[change, name]:.2f}" for change, name in nats.index}
@@ -116,6 +123,10 @@ def words():
     found |= {f"rms{order}": f"{errors[order, 1024]:.2f}" for order in ("drawn", "latest")}
     large = costs[costs["excess"] > 0.1]
     found["halfwidth"] = percent((large["half"] / large["excess"]).max())
+    both = whole.table["replicate"].unique()
+    same = loss_tables.costs(answers.table[answers.table["replicate"].isin(both)])["excess"]
+    ratios = (loss_tables.costs(whole.table)["excess"] / same)[same > 0.1].dropna()
+    found |= {"ratiolow": f"{ratios.min():.1f}", "ratiohigh": f"{ratios.max():.1f}"}
     kinds = {"ownfirst": "first_latest", "ownlatest": "latest", "owndrawn": "drawn"}
     found |= {name: f"{excess[order, 0]:.2f}" for name, order in kinds.items()}
     found |= {"ownfactor": f"{costs.loc[('heaviest', 0), 'factor']:.2f}"}
@@ -170,6 +181,8 @@ def language_model():
         f"with 64 keys {w['anchored']} nats.",
         f"1,024 keys at random err less than the 1,024 latest, {w['rmsdrawn']} spreads against {w['rmslatest']}, and",
         f"with 256 tokens of each article after the prompt; 95% intervals over articles reach to {w['halfwidth']} of",
+        f"late tokens of {w['loss_articles']} (record",
+        f"cost {w['ratiolow']} to {w['ratiohigh']} times as much as after a prompt",
         f"keep its own error at a tenth, {w['ownheavy']} on average, a token still costs {w['ownloss']} nats more, a "
         f"perplexity {w['ownfactor']} times as large.",
         f"the first and the latest keys cost {w['ownfirst']} nats, the latest {w['ownlatest']}, and keys at random "
