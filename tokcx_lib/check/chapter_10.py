@@ -175,6 +175,25 @@ CHECKS = {
             rtol=0,
         ),
     ),
+    "ex-sharp-inflate": Parts(
+        sign=Numbers(1.0, "The limit is 0. Can a square be smaller in the mean?"),
+        local=Numbers(
+            0.2346,
+            "The bias at 10^12 over that at 10^13: its logarithm to the base 10.",
+            misses=[
+                (-0.2346, "Give the exponent: positive where the bias falls."),
+                (0.54, "That is the natural logarithm; divide by log 10."),
+                (0.202, "That is the head that reports what it looks at; V = (0, 1) is asked."),
+            ],
+            rtol=0.01,
+        ),
+        limit=Numbers(
+            (2**0.5 - 1) / 2,
+            "The bounds on the participation are those of the theorem.",
+            misses=[(0.2, "That is the exponent of the fluctuations; the bias has another one.")],
+            rtol=0.001,
+        ),
+    ),
 }
 
 exercise = by_label(CHECKS)

@@ -42,7 +42,7 @@ def rate_curves(axes, table: pd.DataFrame) -> None:
             ax.annotate(f"$H = {horizon:g}$", (n[-1], mean.iloc[-1]), (8, -4), textcoords="offset points")
         ax.set(xscale="log", yscale="log", xlim=(5e3, 8e14), title=title, xlabel="tokens $n$")
         ax.set_xticks([1e4, 1e8, 1e12])
-    axes[0].set_ylabel("mean error")
+    axes[0].set_ylabel("typical error")
 
 
 def exponents(ax) -> None:
@@ -70,7 +70,7 @@ def stable_histograms(axes, table: pd.DataFrame, horizons=(1.5, 2.0)) -> None:
         stable = unit * np.exp(stable_density.log_density(at * unit, alpha))
         ax.plot(at, stable, color=COLOURS[1])
         ax.plot(at, normal_unit * stats.norm.pdf(at * normal_unit), "--", color=plots.INK, linewidth=1.3)
-        ax.annotate("stable", (9, np.interp(9, at, stable)), (0, 14), textcoords="offset points", ha="center")
+        ax.annotate("stable", (11, np.interp(11, at, stable)), (0, 26), textcoords="offset points", ha="center")
         ax.annotate("normal", (-4.1, 0.03), (-6, 0), textcoords="offset points", ha="right")
         ax.set(yscale="log", ylim=(3e-4, 1), xlabel="mean / median size")
         ax.set(title=rf"$H = {horizon:g}$, $\alpha = {alpha:.2f}$")
