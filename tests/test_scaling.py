@@ -2,14 +2,17 @@
 
 import math
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import optimize, special, stats
 
+from tokcx_lib import records
 from tokcx_lib.sampling import binned
 from tokcx_lib.studies import scaling as room
-from tokcx_lib.studies.scaling import experiments, scaled
+from tokcx_lib.studies.scaling import experiments, figures, scaled, tables
 from tokcx_lib.theory import budgets, laws, scaling, softmax_law
 
 N = np.array([2.0, 100.0, 512.0, 513.0, 8192.0, 1e6, 1e30])
@@ -215,3 +218,71 @@ def test_a_unit_of_the_record_runs_on_minilm():
     below = table[table["n"] == 64].set_index(["layer", "head", "scheme"])["participation"].unstack()
     assert (below["square"] <= below["log"] + 1e-9).all() and (below["log"] <= below["none"] + 1e-9).all()
     assert ((table["error"] > 0) & (table["participation"] >= 1 / table["n"] - 1e-9)).all()
+
+
+@pytest.fixture(scope="module")
+def record():
+    return records.load("scaling_heads")
+
+
+def test_the_record_is_of_its_configuration(record):
+    table, config = record.table, record.meta["config"]
+    assert config == experiments.EXPERIMENTS["scaling_heads"].config("full")
+    assert [each["model"] for each in record.meta["models"]] == list(tables.MODELS)
+    for number, (name, heads) in enumerate(zip(tables.MODELS, (72, 270))):
+        rows = table[table["model"] == number]
+        assert sorted(rows["n"].unique()) == config["lengths"][name]
+        assert len(rows) == heads * len(config["lengths"][name]) * len(experiments.SCHEMES) * config["pieces"][name]
+        assert rows["error"].isna().all() == (name == "smollm2")
+    assert (table["participation"] * table["n"] > 0.99).all() and (table["participation"] <= 1).all()
+    pool = table[table["model"] == 0]
+    known = [scaling.factor(s, n, config["anchor"]) for s, n in zip(pool["scheme"], pool["n"])]
+    assert np.allclose(pool["factor"], known, rtol=1e-5)
+
+
+def test_a_larger_factor_leaves_fewer_tokens_in_every_head(record):
+    for name in tables.MODELS:
+        heads = tables.heads_of(record.table, name)
+        ordered = heads.sort_values("factor").groupby(["n", "layer", "head"])["participation"]
+        assert ordered.apply(lambda x: (np.diff(x) > -1e-6).all()).all()
+
+
+def test_the_price_of_averaging_is_the_participation(record):
+    heads = tables.heads_of(record.table, "minilm")
+    price = heads["error"] / heads["participation"] ** 0.5
+    assert 1 < price.median() < 2 and heads[["error", "participation"]].corr("spearman").iloc[0, 1] > 0.8
+    wrong = heads["error"] / heads["participation"]  # without the root it is no constant
+    assert np.log(wrong).std() > 1.5 * np.log(price).std()
+
+
+def test_tables_of_heads_on_a_table_by_hand():
+    rows = [
+        {"model": 0, "piece": piece, "layer": 0, "head": 0, "n": n, "scheme": "none", "factor": 1.0, "load": 2.0,
+         "effective": effective, "participation": p, "rest": p, "law": 0.01, "first": 0.0, "moved": 0.0, "error": error}
+        for piece, n, effective, p, error in (
+            (0, 100, 4.0, 0.2, 0.3), (1, 100, 9.0, 0.4, 0.4), (0, 1000, 40.0, 0.1, 0.0), (1, 1000, 90.0, 0.1, 0.0))
+    ]  # fmt: skip
+    heads = tables.heads_of(pd.DataFrame(rows), "minilm")
+    first = heads.iloc[0]
+    assert first["effective"] == pytest.approx(6) and first["share"] == pytest.approx(0.06)
+    assert first["participation"] == pytest.approx(0.3) and first["error"] == pytest.approx(math.sqrt(0.125))
+    assert first["reduced"] == pytest.approx(2 / math.sqrt(2 * math.log(100)))
+    assert tables.growth(heads, 100, 1000)["none"].item() == pytest.approx(math.log10(3))
+    assert tables.growth(heads, 100, 1000)["law_none"].item() == pytest.approx(0)
+    assert tables.medians(heads, "effective").loc[1000, "none"] == pytest.approx(60)
+    assert tables.states(heads).loc[100, "none"].tolist() == [0.0, 1.0, 0.0]
+    with pytest.raises(ValueError, match="^model: expected one of minilm, smollm2"):
+        tables.heads_of(pd.DataFrame(rows), "gpt")
+
+
+def test_figures_draw():
+    fig, axes = plt.subplots(1, 2)
+    figures.phase_paths(axes[0], 2.0, 512)
+    figures.reduced_paths(axes[1], 2.0, 512)
+    figures.label_paths(axes[1], 2.0, 512)
+    assert len(axes[0].lines) == len(figures.LOOKS) + 1
+    for scheme, line in zip(figures.LOOKS, axes[1].lines):
+        n = line.get_xdata()
+        assert np.allclose(line.get_ydata(), scaling.reduced_load(2.0 * scaling.factor(scheme, n, 512), n))
+    assert set(figures.LOOKS) == set(experiments.SCHEMES)
+    plt.close(fig)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from tokcx_lib import plots
 from tokcx_lib.studies.scaling import tables
@@ -104,4 +104,9 @@ def head_curves(ax: Axes, heads: pd.DataFrame, column: str, law: str | None = No
             ax.plot(beside.index, beside, line, color=colour, linewidth=1.2)
     ax.set(xscale="log", yscale="log", xlabel="keys $n$")
     ax.xaxis.set_minor_formatter(NullFormatter())
+    low, high = ax.get_ylim()
+    if high < 30 * low:
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
     return lines

@@ -54,12 +54,35 @@ def states(heads: pd.DataFrame) -> pd.DataFrame:
 
 
 def growth(heads: pd.DataFrame, start: int, end: int) -> pd.DataFrame:
-    """Exponents a of the effective number of tokens n^a between two numbers of keys: one row a head, one column a
-    scheme, and the exponent that the exact law gives for the same loads, in columns law_SCHEME."""
+    """Exponents a of the effective number of tokens n^a = 1 / rest between two numbers of keys: one row a head, one
+    column a scheme, and the exponent that the exact law gives for the same loads, 1 / law, in columns law_SCHEME."""
     heads = as_kind("heads", heads, pd.DataFrame).set_index(["layer", "head"])
     found = {}
     for scheme, rows in heads.groupby("scheme"):
         low, high = (rows[rows["n"] == n] for n in (start, end))
-        for name, column, sign in ((scheme, "effective", 1), (f"law_{scheme}", "law", -1)):
-            found[name] = sign * np.log(high[column] / low[column]) / np.log(end / start)
+        for name, column in ((scheme, "rest"), (f"law_{scheme}", "law")):
+            found[name] = np.log(low[column] / high[column]) / np.log(end / start)
     return pd.DataFrame(found)
+
+
+def quoted(heads: pd.DataFrame, anchor: int) -> dict[str, str]:
+    """Numbers that the chapter quotes of the heads of one model, as it writes them.
+
+    load-start, load-end and effective-least, -most, -anchor, -end: medians over heads without a scaling. ratio, low,
+    high: median and 10% and 90% quantiles of measured effective numbers over those of the law. parted-SCHEME: their
+    median at the most keys. frozen-SCHEME: share of the heads there with a reduced load above 1. a-SCHEME and
+    a-law_SCHEME: medians of `growth` from the anchor on.
+    """
+    heads = as_kind("heads", heads, pd.DataFrame)
+    last = heads["n"].max()
+    ratio = heads["law"] / heads["rest"]
+    load, number = (medians(heads, column)["none"] for column in ("load", "effective"))
+    found = {"load-start": f"{load.iloc[0]:.1f}", "load-end": f"{load.iloc[-1]:.1f}"}
+    sizes = {"least": number.min(), "most": number.max(), "anchor": number[anchor], "end": number.iloc[-1]}
+    found |= {f"effective-{key}": f"{x:.1f}" if x < 10 else f"{x:,.0f}" for key, x in sizes.items()}
+    quantiles = {"low": ratio.quantile(0.1), "ratio": ratio.median(), "high": ratio.quantile(0.9)}
+    found |= {key: f"{x:.1f}" if x > 3 else f"{x:.2f}" for key, x in quantiles.items()}
+    parted = ratio[heads["n"] == last].groupby(heads["scheme"]).median()
+    found |= {f"parted-{scheme}": f"{x:.1f}" for scheme, x in parted.items()}
+    found |= {f"frozen-{scheme}": f"{x:.0%}" for scheme, x in states(heads).loc[last]["frozen"].items()}
+    return found | {f"a-{key}": f"{x:.2f}" for key, x in growth(heads, anchor, last).median().items()}
