@@ -150,13 +150,15 @@ def loss_points(ax: Axes, both: pd.DataFrame) -> None:
         ax.errorbar(rows["rms"], rows["excess"], [low, np.where(low > 0, rows["half"], 0.0)], fmt="o",
                     color=LOOKS[policy], capsize=2, linewidth=1)  # fmt: skip
         for (_, keys), row in rows.iterrows():
-            ax.annotate(f"{keys:,}", (row["rms"], row["excess"]), (6, -10), textcoords="offset points",
-                        color=LOOKS[policy], fontsize=9)  # fmt: skip
+            above = policy in ("drawn", "heaviest")
+            ax.annotate(f"{keys:,}", (row["rms"], row["excess"]), (-5, 4) if above else (6, -10), color=LOOKS[policy],
+                        textcoords="offset points", fontsize=9, ha="right" if above else "left")  # fmt: skip
     slope, start = np.polyfit(np.log(some["rms"]), np.log(some["excess"]), 1)
     ends = np.array([some["rms"].min(), some["rms"].max()])
     ax.plot(ends, np.exp(start) * ends**slope, color=plots.INK, linewidth=1.1)
     for place, policy in enumerate(POLICIES):
         ax.text(0.03, 0.93 - 0.075 * place, f"● {NAMES[policy]}", color=LOOKS[policy], transform=ax.transAxes)
     ax.set(xscale="log", yscale="log", xlabel="error of the heads / spread of values", ylabel="nats a token more")
-    ax.set_xticks([0.05, 0.1, 0.2, 0.5], ["0.05", "0.1", "0.2", "0.5"])
+    ax.set_xlim(0.75 * some["rms"].min(), 1.25 * some["rms"].max())
+    ax.set_xticks([0.01, 0.02, 0.05, 0.1, 0.2, 0.5], ["0.01", "0.02", "0.05", "0.1", "0.2", "0.5"])
     ax.xaxis.set_minor_formatter(NullFormatter())
