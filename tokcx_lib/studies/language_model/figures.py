@@ -159,6 +159,6 @@ def loss_points(ax: Axes, both: pd.DataFrame) -> None:
     for place, policy in enumerate(POLICIES):
         ax.text(0.03, 0.93 - 0.075 * place, f"● {NAMES[policy]}", color=LOOKS[policy], transform=ax.transAxes)
     ax.set(xscale="log", yscale="log", xlabel="error of the heads / spread of values", ylabel="nats a token more")
-    ax.set_xlim(0.75 * some["rms"].min(), 1.25 * some["rms"].max())
+    ax.set_xlim(0.6 * some["rms"].min(), 1.25 * some["rms"].max())
     ax.set_xticks([0.01, 0.02, 0.05, 0.1, 0.2, 0.5], ["0.01", "0.02", "0.05", "0.1", "0.2", "0.5"])
     ax.xaxis.set_minor_formatter(NullFormatter())
