@@ -203,12 +203,13 @@ def test_the_law_beside_real_heads_is_the_exact_one():
     assert np.allclose(found, exact, rtol=2e-3)
 
 
-def test_a_unit_of_the_record_runs_on_minilm():
+def test_a_unit_of_the_record_runs_on_minilm(monkeypatch):
+    monkeypatch.setattr(experiments, "WIKIPEDIA", "scipy-docs")
     experiment = experiments.EXPERIMENTS["scaling_heads"]
     config = experiment.config("quick") | {"queries": 3, "pieces": {"minilm": 1, "smollm2": 0}}
     config["lengths"] = {name: [64, 256] for name in config["lengths"]}
     plan = experiment.plan(config, torch.device("cpu"))
-    assert plan.units == [(0, 0)] and "wikipedia-en" in plan.meta["texts"]
+    assert plan.units == [(0, 0)] and "scipy-docs" in plan.meta["texts"]
     table = plan.work(0, 0).table
     assert len(table) == 72 * 2 * len(experiments.SCHEMES)
     at_anchor = table[(table["n"] == 256) & table["scheme"].isin(["none", "root", "log", "square"])]

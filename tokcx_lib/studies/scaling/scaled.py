@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokcx_lib.sampling.binned import BinnedTokens
-from tokcx_lib.validation import as_kind, as_number, as_tensor
+from tokcx_lib.validation import as_kind, as_number, as_tensor, finite_answer
 
 
 class Scaled(NamedTuple):
@@ -38,7 +38,8 @@ def scaled_attention(logits, values, factors) -> Scaled:
     """
     logits, values = as_tensor("logits", logits, finite=False), as_tensor("values", values)
     factors = as_tensor("factors", factors).to(logits)
-    if logits.ndim < 2 or values.ndim < 2 or logits.shape[-1] != values.shape[-2] or logits.shape[-1] < 2:
+    fit = logits.ndim >= 2 and values.ndim >= 2 and logits.shape[:-2] == values.shape[:-2]
+    if not fit or 0 in (*logits.shape, *values.shape) or not 2 <= logits.shape[-1] == values.shape[-2]:
         raise ValueError(
             f"logits, values: expected (..., r, m) with m >= 2 and (..., m, d_v), got {tuple(logits.shape)} and "
             f"{tuple(values.shape)}"
@@ -69,7 +70,7 @@ def logit_spread(logits) -> Tensor:
         raise ValueError("logits: expected numbers for keys that are seen, one besides the first, and -inf for others")
     rest = torch.where(seen, logits[..., 1:], 0.0)
     deviations = torch.where(seen, rest - (rest.sum(-1) / count)[..., None], 0.0)
-    return (deviations.square().sum(-1) / count).sqrt()
+    return finite_answer("logits", (deviations.square().sum(-1) / count).sqrt())
 
 
 def binned_participation(tokens: BinnedTokens, load: float) -> float:
@@ -82,6 +83,7 @@ def binned_participation(tokens: BinnedTokens, load: float) -> float:
     ValueError
         If the tokens are of another kind, or the load is not a number from 0 to 300.
     """
+    tokens, load = as_kind("tokens", tokens, BinnedTokens), as_number("load", load, 0, 300)
     return math.exp(_log_sum(tokens, load, 2) - 2 * _log_sum(tokens, load, 1))
 
 
@@ -97,6 +99,7 @@ def mean_participation(tokens: BinnedTokens, load: float) -> float:
     ValueError
         As `binned_participation`.
     """
+    tokens, load = as_kind("tokens", tokens, BinnedTokens), as_number("load", load, 0, 300)
     total = _log_sum(tokens, load, 1)
     step = 1 / (32 * max(1.0, load))
     y = np.arange(-12, 2 * load + 12, step)
@@ -106,6 +109,5 @@ def mean_participation(tokens: BinnedTokens, load: float) -> float:
 
 def _log_sum(tokens: BinnedTokens, load: float, power: int) -> float:
     """Logarithm of the sum of e^{power load y} over tokens."""
-    tokens, load = as_kind("tokens", tokens, BinnedTokens), as_number("load", load, 0, 300)
     top = power * load * max([tokens.points.abs().max().item(), *tokens.outer.abs().tolist()])
     return math.log(tokens.n * tokens.mean(lambda y: torch.exp(power * load * y - top))) + top
