@@ -29,6 +29,7 @@ from tokcx_lib.theory.limits import Moments
 # Modules whose functions are tested elsewhere, and why not here.
 MODULES_ELSEWHERE = {
     "__main__": "runs the command line",
+    "agreement": "takes a device",
     "answering": "takes models",
     "architectures": "takes models and their configurations",
     "capture": "takes models",
@@ -69,6 +70,7 @@ MODULES_ELSEWHERE = {
     "tables": "takes what was measured",
     "text_parts": "takes models",
     "texts": "takes models and texts",
+    "token_files": "reads and writes files",
     "tokenization": "takes a tokenizer",
     "tokens": "takes models and texts",
     "validation": "is what the doors of all others are made of",

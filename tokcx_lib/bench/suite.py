@@ -46,6 +46,7 @@ from tokcx_lib.theory.limits import Moments, gaussian_limit
 
 SEED = 4_004
 VARIANCE = 0.1
+THERE = 2**20  # keys drawn at once on a GPU
 SAFE = 0.01  # a precision is safe as long as it changes the estimated errors by no more than this share of them
 FULL = {
     "dim": 50,
@@ -66,6 +67,17 @@ QUICK = {
     "memory": {"queries": 8, "dim": 4, "keys": [1000, 100_000], "held": 1000, "plain": 1000},
     "ranks": {"queries": 8, "keys": 10_000},
     "precision": {"scales": [5.0], "lengths": [50, 100], "replicates": 2},
+}
+# What a GPU needs to be busy, and has the memory for. Its keys that are only streamed are drawn where they are read.
+GPU = {
+    **FULL,
+    "moments": {
+        "lengths": [2000, 2724, 3711, 5055, 6886, 9379, 12_776, 17_404, 23_706, 32_292, 43_987, 60_000],
+        "stack": 12,
+    },
+    "attention": {"queries": 16_384, "keys": [10**5, 10**6, 10**7], "slow_keys": 10**5},
+    "rate": {"dims": [32, 50, 64, 128], "tokens": 65_536, "product": 8192},
+    "memory": {"queries": 64, "dim": 16, "keys": [10**6, 10**8, 10**9], "held": 10**8, "plain": 10**8},
 }
 SIZES = {"full": FULL, "quick": QUICK}
 
@@ -99,16 +111,17 @@ def run(profile: str = "quick", device=None, only: list[str] | None = None, path
     place = runtime.device(device)
     made = records.provenance(place)
     start = time.perf_counter()
+    sizes = GPU if profile == "full" and place.type == "cuda" else SIZES[profile]
     rows, notes = [], []
     for name in tqdm(chosen, desc="benchmarks", disable=None):
-        found, more = PARTS[name](SIZES[profile], place)
+        found, more = PARTS[name](sizes, place)
         rows += [{"part": name, **row} for row in found]
         notes += more
     meta = {
         **made,
         "profile": profile,
-        "sizes": {name: SIZES[profile][name] for name in chosen},
-        "rounds": SIZES[profile]["rounds"],
+        "sizes": {name: sizes[name] for name in chosen},
+        "rounds": sizes["rounds"],
         "processor": _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
@@ -138,7 +151,7 @@ def _renewed(record: records.Record, table: pd.DataFrame, meta: dict) -> tuple[p
         "sizes": {**old["sizes"], **meta["sizes"]},
         "notes": list(dict.fromkeys(old["notes"] + meta["notes"])),
         "wall_seconds": round(old["wall_seconds"] + meta["wall_seconds"], 1),
-        "renewed": {**old.get("renewed", {}), **{part: made for part in parts}},
+        "renewed": {**old.get("renewed", {}), **{part: made for part in parts if part in old["sizes"]}},
     }
     return whole, meta
 
@@ -298,7 +311,10 @@ def attention(sizes: dict, device: torch.device) -> tuple[list[dict], list[str]]
 
 
 def rate(sizes: dict, device: torch.device) -> tuple[list[dict], list[str]]:
-    """Operations per second of the kernel, and of a whole sweep, against a large matrix product in float32."""
+    """Operations per second of the kernel, and of a whole sweep, against a large matrix product in float32.
+
+    On a GPU there is a second yardstick, the same product in tf32.
+    """
     wanted, rows = sizes["rate"], []
     side, lengths = wanted["product"], sizes["moments"]["lengths"]
     square = torch.randn(side, side, generator=runtime.stream(SEED)).to(device)
@@ -311,14 +327,16 @@ def rate(sizes: dict, device: torch.device) -> tuple[list[dict], list[str]]:
             "kernel": (lambda: partial_attention(y, y, y), _operations(len(y) ** 2, dim)),
             "moments": (lambda: self_attention_moments(x, A, V, lengths), _operations(lengths[-1] ** 2, dim)),
         }
+        if device.type == "cuda":
+            variants["matrix product, tf32"] = (lambda: _in_tf32(torch.mm, square, square), 2 * side**3)
         seconds = _race({name: call for name, (call, _) in variants.items()}, sizes["rounds"], device)
         rates = {name: [variants[name][1] / s / 1e9 for s in values] for name, values in seconds.items()}
-        size = {"matrix product": side, "kernel": len(y), "moments": lengths[-1]}
+        size = {"matrix product": side, "matrix product, tf32": side, "kernel": len(y), "moments": lengths[-1]}
         # The yardstick is the best product of the rounds: what the unit can do when nothing is in its way.
         best = max(rates["matrix product"])
         for name, values in rates.items():
             rows.append(_row(name, size[name], "rate", values, "GFLOP/s", f"d = {dim}"))
-            if name != "matrix product":
+            if not name.startswith("matrix product"):
                 shares = [value / best for value in values]
                 rows.append(_row(name, size[name], "share of the matrix product", shares, "ratio", f"d = {dim}"))
     return rows, []
@@ -345,7 +363,7 @@ def memory(sizes: dict, device: torch.device) -> tuple[list[dict], list[str]]:
 def _memory_child(task: dict, device: torch.device) -> dict:
     q = _tokens(task["queries"], task["dim"], device, replicate=1)
     start = time.perf_counter()
-    blocks = _blocks(0, task["keys"], task["dim"], device)
+    blocks = _drawn_there(task["keys"], task["dim"], device)
     if task["variant"] == "ours, streamed":
         stream_attention(q, blocks, [task["keys"]])
     else:
@@ -362,6 +380,17 @@ def _memory_child(task: dict, device: torch.device) -> dict:
     seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
     return {"megabytes": peak / 1e6, "seconds": seconds}
+
+
+def _drawn_there(count: int, dim: int, device: torch.device):
+    """`_blocks`; on a GPU draws of its own, since the CPU takes minutes to draw for it what it reads in seconds."""
+    if device.type != "cuda":
+        yield from _blocks(0, count, dim, device)
+        return
+    torch.manual_seed(SEED)
+    for start in range(0, count, THERE):
+        block = VARIANCE**0.5 * torch.randn(min(THERE, count - start), dim, device=device)
+        yield block, block
 
 
 def peak_memory() -> int:
@@ -489,10 +518,15 @@ def _errors(moments: Moments, limit: Moments) -> dict[str, list[float]]:
 
 def _tf32(x: Tensor, A: Tensor, V: Tensor, lengths: list[int]) -> Moments:
     """The plain algorithm with matrix products in tf32; the fused kernel for float32 does not use it."""
+    return _in_tf32(_each_length, _plain_attention, x, A.to(x), V.to(x), lengths)
+
+
+def _in_tf32(call: Callable, *arguments):
+    """A call whose matrix products of float32 are in tf32, where the device has it."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        return _each_length(_plain_attention, x, A.to(x), V.to(x), lengths)
+        return call(*arguments)
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -21,6 +21,7 @@ from tokcx_lib.models.tokenization import read_ids
 from tokcx_lib.theory.limits import Moments
 from tokcx_lib.validation import as_count
 
+BATCH = {"cpu": 16, "cuda": 256}  # windows that a model reads at once: a GPU wants many
 CONTEXT = 256  # tokens a model reads at once unless another number is asked for, its special tokens included
 MOST_UNKNOWN = 0.1  # of a text's tokens: beyond it the numbers describe the one token that stands for all the rest
 
@@ -114,7 +115,12 @@ class _Reached(Exception):
 
 
 def layer_streams(
-    model: TextModel, text, layers: Sequence[int], context: int = CONTEXT, batch: int = 16, special: bool = False
+    model: TextModel,
+    text,
+    layers: Sequence[int],
+    context: int = CONTEXT,
+    batch: int | None = None,
+    special: bool = False,
 ) -> Iterator[list[Tensor]]:
     """Tokens that enter the attention of several layers, in one forward pass, batch by batch.
 
@@ -123,7 +129,7 @@ def layer_streams(
     text : a string, or token ids (n,) from `tokenize`.
     layers : which layers, counted from 0.
     context : tokens the model sees at once, its special tokens included; the last window may be shorter.
-    batch : windows run at once.
+    batch : windows run at once; default: 16, or 256 on a GPU.
     special : whether to keep the special tokens of each window, in their places.
 
     Yields
@@ -149,10 +155,13 @@ def layer_streams(
     if isinstance(text, str):
         require_known(model, ids)
     ids = torch.as_tensor(ids.astype(np.int64))
+    batch = BATCH.get(base.device.type, BATCH["cpu"]) if batch is None else batch
     return _run_layers(base, modules, _windows(ids, context - sum(map(len, ends)), batch), list(layers), ends, special)
 
 
-def token_stream(model: TextModel, text, layer: int, context: int = CONTEXT, batch: int = 16) -> Iterator[Tensor]:
+def token_stream(
+    model: TextModel, text, layer: int, context: int = CONTEXT, batch: int | None = None
+) -> Iterator[Tensor]:
     """Tokens (b, d) that enter the attention of one layer, batch by batch; see `layer_streams`."""
     return (tokens for (tokens,) in layer_streams(model, text, [layer], context, batch))
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from tokcx_lib import runtime
 from tokcx_lib.models.corpora import open_corpus
 from tokcx_lib.models.loading import TextModel
+from tokcx_lib.models.token_files import find_ids
 from tokcx_lib.models.tokens import CONTEXT, tokenize
 from tokcx_lib.validation import as_count
 
@@ -30,7 +31,8 @@ def random_windows(
 
     The text is cut into windows of 254 ids, and the windows are permuted by `seed`; the last, short one is left out. A
     prefix is then a random set of windows, and two stretches of one permutation share no token. A text is tokenised
-    once in a process: the 21.7 million ids of the English Wikipedia in about half a minute on 2 CPU cores.
+    once in a process: the 21.7 million ids of the English Wikipedia in about half a minute on 2 CPU cores. Where a file
+    has its ids (`token_files`), that stands for it.
 
     Parameters
     ----------
@@ -48,7 +50,7 @@ def random_windows(
     ValueError
         If the text is not there, or has fewer windows than asked for.
     """
-    ids, texts = _ids(model, corpus)
+    ids, texts = all_ids(model, corpus)
     windows = ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW)
     count, skip = -(-as_count("tokens", tokens) // WINDOW), as_count("skip", skip, least=0)
     if skip + count > len(windows):
@@ -65,7 +67,10 @@ def wikipedia_windows(model: TextModel, tokens: int, seed: int, skip: int = 0) -
 
 
 @lru_cache(maxsize=1)
-def _ids(model: TextModel, name: str) -> tuple[Tensor, dict[str, str]]:
+def all_ids(model: TextModel, name: str) -> tuple[Tensor, dict[str, str]]:
+    """Token ids of a whole text, int32 (n,), and its name and SHA-256; from a file of ids, where there is one."""
+    if (kept := find_ids(name, model)) is not None:
+        return torch.as_tensor(kept[0].astype(np.int32)), kept[1]
     corpus = open_corpus(name)
     lines = corpus.text.splitlines(keepends=True)
     parts = [tokenize(model, "".join(lines[i : i + LINES])).astype(np.int32) for i in range(0, len(lines), LINES)]

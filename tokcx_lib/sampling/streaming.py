@@ -122,11 +122,14 @@ def _four_axes(x: Tensor, width: int) -> Tensor:
     """As the fused kernels take a tensor: (1, batch, rows, width), each row a run of neighbours in memory.
 
     They are called below the public interface (which does not give the log-sum-exp), where nothing looks at strides:
-    of any other layout, such as a transposed or Fortran-ordered one, they read other numbers, without a word.
+    of any other layout, such as a transposed or Fortran-ordered one, they read other numbers, without a word. Those of
+    CUDA read 16 bytes at once, and rows have to begin at such places.
     """
     x = pad(x, (0, width - x.shape[-1])) if width > x.shape[-1] else x
     x = x.reshape(1, -1, *x.shape[-2:])
     apart = x.stride(-1) == 1 and x.stride(-2) >= x.shape[-1]  # neighbours, and rows that do not overlap
+    if x.device.type == "cuda":
+        apart = apart and all(place * x.element_size() % 16 == 0 for place in (x.storage_offset(), *x.stride()[:-1]))
     return x if apart else x.clone(memory_format=torch.contiguous_format)
 
 

@@ -23,6 +23,7 @@ from tokcx_lib.theory import geometry
 from tokcx_lib.theory.laws import Gaussian
 
 LENGTHS = [250, 500, 1000, 2000, 4000, 8000, 15_000, 30_000]
+LONG = [*LENGTHS, 60_000, 100_000]  # for a GPU, or for patience
 
 # First windows of a random order of the text that experiments read: no two of these stretches share a window.
 POOL, QUERIES, STREAM, FRESH = 0, 1_000, 2_000, 20_000
@@ -338,6 +339,27 @@ EXPERIMENTS = {
             "seed": 20_261_000,
         },
         quick={"queries": 512, "query_windows": 32, "lengths": [250, 500, 1000, 2000], "segments": 4},
+        tolerance=1e-3,
+    ),
+    # 20 million tokens.
+    "real_heads_maps_long": Experiment(
+        real_heads_maps,
+        ("layer",),
+        full={
+            "queries": 4096,
+            "query_windows": 256,
+            "lengths": [*LONG, 200_000, 400_000, 588_000],
+            "segments": 34,
+            "seed": 20_261_000,
+        },
+        quick={"queries": 64, "query_windows": 4, "lengths": [250, 1000], "segments": 2},
+        tolerance=1e-3,
+    ),
+    "real_heads_moments_long": Experiment(
+        real_heads_moments,
+        ("layer", "head"),
+        full={"pool": 1_000_000, "queries": 2048, "lengths": LONG, "replicates": 20, "seed": 20_261_000},
+        quick={"pool": 2_032, "queries": 64, "lengths": [100, 300], "replicates": 2},
         tolerance=1e-3,
     ),
 }
