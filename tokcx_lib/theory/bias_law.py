@@ -19,7 +19,8 @@ from tokcx_lib.validation import as_array, as_broadcast, as_number, as_positive
 
 _KNOTS = 72  # loads at which the exact law is computed
 _NODES = 6000  # of the trapezoidal rule over loads
-_FURTHEST = 1.6  # in units of sqrt(2 log n): no query further out counts
+_FURTHEST = 1.6  # in units of sqrt(2 log n): no query further out counts,
+_RARE = 9.0  # nor one so many standard deviations out
 
 
 class BiasExponents(NamedTuple):
@@ -82,7 +83,7 @@ def bias_exponents(n: float, horizon: float) -> BiasExponents:
     Source: chapter 10; the exact law of one query: chapter 9.
     """
     n, horizon = as_number("n", n, 100, MOST_TOKENS / 10), as_positive("horizon", horizon)
-    top = min(_FURTHEST * math.sqrt(2 * math.log(10 * n)), MOST_TILT)
+    top = min(max(_FURTHEST * math.sqrt(2 * math.log(10 * n)), _RARE * horizon), MOST_TILT)
     knots, s = (np.linspace(top / 500, top, count) for count in (_KNOTS, _NODES))
     density = 0.5 * math.log(2 / math.pi) - math.log(horizon) - (s / horizon) ** 2 / 2 + math.log(s[1] - s[0])
     found = []
