@@ -89,7 +89,7 @@ def load_law(beta, n: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Parameters
     ----------
     beta : (d,), singular values, not all zero.
-    n : how far the tails matter: down to a probability of e^-40 / n.
+    n : how far the tails matter, down to a probability of e^-40 / n, and how fine the nodes are.
 
     Returns
     -------
@@ -112,6 +112,7 @@ def load_law(beta, n: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rate = (beta[beta > 1e-9 * beta.max()] / beta.max()) ** 2  # at most 1, exactly
     mean, deviation = rate.sum(), math.sqrt(2 * (rate**2).sum())
     step = 0.25 * min(deviation / mean, 1.2)  # of log s^2
+    step = min(step, math.sqrt(0.5 / max(math.log(n), 1)))  # what is averaged over loads narrows like 1 / sqrt(log n)
     log_q, theta = _reach(rate, step, math.log(n) + _TAIL)
     q = np.exp(log_q)
     curve = rate / (1 - 2 * theta[:, None] * rate)  # (q, d)
