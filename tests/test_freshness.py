@@ -71,7 +71,8 @@ def imported():
 
 # What `tokcx_lib.probe.probe` imports when it is called, and a chapter that imports another part of the probe does not.
 BEHIND_THE_DOOR = {f"tokcx_lib/probe/{name}.py" for name in ("question", "context", "policies", "queries")}
-BEHIND_THE_DOOR |= {"tokcx_lib/models/capture.py", "tokcx_lib/theory/drawn_keys.py"}
+BEHIND_THE_DOOR |= {f"tokcx_lib/probe/{name}.py" for name in ("pooled", "layers", "plan", "resuming")}
+BEHIND_THE_DOOR |= {f"tokcx_lib/models/{name}.py" for name in ("capture", "heads")} | {"tokcx_lib/theory/drawn_keys.py"}
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
