@@ -15,8 +15,8 @@ def pages(tmp_path_factory):
     return slides.write_slides(ROOT, tmp_path_factory.mktemp("slides") / "out")
 
 
-def test_four_lectures_with_notes_on_every_slide(pages):
-    assert [page.stem for page in pages] == [path.stem for path in LECTURES] and len(pages) == 4
+def test_five_lectures_with_notes_on_every_slide(pages):
+    assert [page.stem for page in pages] == [path.stem for path in LECTURES] and len(pages) == 5
     for path in LECTURES:
         parts = path.read_text(encoding="utf-8").split("\n---\n")
         assert len(parts) >= 10 and all("\nNote:\n" in part for part in parts)
