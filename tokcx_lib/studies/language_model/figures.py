@@ -150,9 +150,9 @@ def loss_points(ax: Axes, both: pd.DataFrame) -> None:
         ax.errorbar(rows["rms"], rows["excess"], [low, np.where(low > 0, rows["half"], 0.0)], fmt="o",
                     color=LOOKS[policy], capsize=2, linewidth=1)  # fmt: skip
         for (_, keys), row in rows.iterrows():
-            above = policy in ("drawn", "heaviest")
-            ax.annotate(f"{keys:,}", (row["rms"], row["excess"]), (-5, 4) if above else (6, -10), color=LOOKS[policy],
-                        textcoords="offset points", fontsize=9, ha="right" if above else "left")  # fmt: skip
+            offset = {"latest": (6, -16), "first_latest": (-5, -12)}.get(policy, (-5, 4))  # where no bar stands
+            ax.annotate(f"{keys:,}", (row["rms"], row["excess"]), offset, color=LOOKS[policy],
+                        textcoords="offset points", fontsize=9, ha="left" if offset[0] > 0 else "right")  # fmt: skip
     slope, start = np.polyfit(np.log(some["rms"]), np.log(some["excess"]), 1)
     ends = np.array([some["rms"].min(), some["rms"].max()])
     ax.plot(ends, np.exp(start) * ends**slope, color=plots.INK, linewidth=1.1)
