@@ -72,8 +72,8 @@ def causal_means(config: dict, device) -> Plan:
 def first_order_pulls(config: dict, device) -> Plan:
     """Means of the pulls of up to 10^12 tokens, each counted log(n/j) times (causal) and once (whole), from bins.
 
-    The weights log(n/j) of the tokens of a bin are exponential variables, so that their sum is a gamma variable: that
-    of n draws with replacement, which differs from the n weights themselves by their mean only.
+    The weights log(n/j) of the tokens of a bin are exponential variables, so that their sum is a gamma variable: as n
+    draws with replacement from the n weights, at these n, where the difference does not show.
     """
 
     def work(n: int, block: int) -> Part:

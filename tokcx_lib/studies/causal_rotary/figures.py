@@ -32,7 +32,7 @@ def variances(ax: Axes, table: pd.DataFrame) -> None:
             color=colour,
             va="center",
         )
-    ax.set(xscale="log", xlabel="tokens $n$", ylabel="$n$ · variance of the mean", ylim=(0, None))
+    ax.set(xscale="log", xlabel="tokens $n$", ylabel="$n$ · variance of the mean", ylim=(1, None))
     ax.set_xlim(lengths[0] / 1.6, lengths[-1] * 14)
     ax.set_xticks(lengths, [f"{n:,}" for n in lengths])
     ax.minorticks_off()
