@@ -20,7 +20,7 @@ from tokcx_lib.sampling import streaming
 from tools.gpu import cells, packs, parts, runner
 
 ROOT = Path(__file__).resolve().parents[1]
-RUN = [sys.executable, "-m", "tools.gpu", "run", "--device", "cpu", "--tiny"]
+RUN = [sys.executable, "-m", "tools.gpu", "run", "--device", "cpu", "--tiny", "--minutes", "14"]
 
 
 # ---- how parts end ----
