@@ -69,7 +69,7 @@ def stand_ins() -> None:
 
 
 def run_chapter(number: int, place: torch.device, out: Path, cells: int | None = None) -> None:
-    """Run a chapter in both profiles, or so many cells of it in the quick one, and write what was found to chapter.json.
+    """Run a chapter in both profiles, or so many cells of it in the quick one, and write chapter.json.
 
     Raises
     ------
