@@ -9,9 +9,11 @@ import pytest
 from scipy import stats
 
 from tokcx_lib import records
+from tokcx_lib.probe import summary
 from tokcx_lib.probe.policies import POLICIES, keys_needed
 from tokcx_lib.studies.depth import tables as depth_tables
 from tokcx_lib.studies.language_model import loss_tables
+from tokcx_lib.studies.language_model import tables as head_tables
 from tokcx_lib.studies.sparse import tables as sparse_tables
 from tokcx_lib.theory import rotary
 
@@ -77,6 +79,11 @@ def layers():
     ]
 
 
+DEAR, CHEAP = ("heaviest", 16), ("first_latest", 256)  # one error, two costs
+NO_COST = "heaviest", 1024  # not different from zero
+SLOWEST = 7
+
+
 @functools.cache
 def words():
     """What the records of the language model say, as the page says it."""
@@ -108,8 +115,12 @@ def words():
     found |= {name: str(len(planes.meta["groups"][name])) for name in ("standing", "fast")}
     found |= {"content": percent(groups.loc["standing", "content"]), "pattern": percent(groups["pattern"].sum())}
     found |= {"fastcontent": percent(groups.loc["fast", "content"])}
-    agreement = loss_tables.agreement(loss_tables.foretold(answers.table, forecast.table))
-    found |= {"exponent": f"{agreement['exponent']:.1f}", "rank": f"{agreement['rank']:.2f}"}
+    pattern = planes.meta["planes"]["pattern"]
+    found |= {"fastpattern": points(groups.loc["fast", "pattern"]), "slowest": points(sum(pattern[-SLOWEST:]))}
+    together = loss_tables.foretold(answers.table, forecast.table)
+    agreement, without = loss_tables.agreement(together), loss_tables.agreement(together.drop(NO_COST))
+    found |= {"exponent": f"{agreement['exponent']:.2f}", "rank": f"{agreement['rank']:.2f}"}
+    found |= {"exponent_without": f"{without['exponent']:.2f}"}
     found |= {"scatter": f"{agreement['scatter']:.1f}", "anchored": f"{excess['anchored', 64]:.1f}"}
     lines = (
         f"| {n:,} | " + " | ".join(f"{excess[order, n]:.2f}" for order in orders) + " |" for n in (16, 64, 256, 1024)
@@ -119,8 +130,20 @@ def words():
     found |= {"ownheavy": f"{own:.0f}", "ownloss": f"{excess['heaviest', 0]:.2f}"}
     many = answers.table.query("keys == 0 and order == 'first_latest'")["mean_keys"].mean()
     found |= {"ownmany": f"{many:.0f}", "first256": f"{excess['first_latest', 256]:.2f}"}
-    errors = loss_tables.forecasts(forecast.table)["rms"]
-    found |= {f"rms{order}": f"{errors[order, 1024]:.2f}" for order in ("drawn", "latest")}
+    (one, cost), (other, less) = together.loc[[DEAR, CHEAP], ["rms", "excess"]].to_numpy()
+    assert f"{one:.2f}" == f"{other:.2f}"
+    found |= {"pairerror": f"{one:.2f}", "dear": f"{cost:.2f}", "cheap": f"{less:.2f}", "times": f"{cost / less:.1f}"}
+    config, late = forecast.meta["config"], answers.meta["config"]
+    found |= {"first_query": f"{config['context'] // 2:,}", "last_query": f"{config['context'] - 1:,}"}
+    found |= {"first_counted": f"{late['prompt']:,}", "last_counted": f"{late['context'] - 1:,}"}
+    queries = np.linspace(config["context"] // 2, config["context"] - 1, config["queries"]).round() + 1
+    found |= {"fewest": f"{queries.min():,.0f}", "most": f"{queries.max():,.0f}"}
+    heads = records.load("language_model_heads")
+    chapter = head_tables.budgets(heads.table, heads.meta["config"]["queries"], loss_tables.ERROR)
+    chapter = summary.summary(chapter, {})
+    found |= {f"chapter_{policy}": f"{each['half']['keys']:,.0f}" for policy, each in chapter["budgets"].items()}
+    found |= {"past": f"{round(np.median(queries), -1):,.0f}", "long_past": f"{chapter['keys']:,.0f}"}
+    found |= {"pasts": f"{chapter['keys'] / np.median(queries):.0f}"}
     large = costs[costs["excess"] > 0.1]
     found["halfwidth"] = percent((large["half"] / large["excess"]).max())
     both = whole.table["replicate"].unique()
@@ -154,6 +177,10 @@ def percent(share):
     return f"{100 * share:.0f}%"
 
 
+def points(share):
+    return f"{100 * share:.1f}"
+
+
 def language_model():
     w = words()
     names = {"drawn": "at random", "latest": "the latest", "first_latest": "the first and the latest"}
@@ -161,6 +188,12 @@ def language_model():
     return [
         "| keys read | 2,048 tokens, half | nine tenths | 8,192 tokens, half | nine tenths |",
         *(f"| {name} | {w[order]} |" for order, name in names.items()),
+        f"The queries have {w['fewest']} to {w['most']} keys in the windows of 2,048 tokens, the median one about "
+        f"{w['past']}; in those of 8,192",
+        f"the median one has {w['long_past']}. So pasts are about {w['pasts']} times as long.",
+        f"all windows of 8,192 tokens together, and the past of the median query as the most, and so prints "
+        f"{w['chapter_drawn']}, {w['chapter_latest']}, {w['chapter_first_latest']} and {w['chapter_heaviest']} keys "
+        "for half of the heads.",
         f"the 1,024 latest keys, a token costs {w['latest1024']} nats more than with all; with the first position in "
         f"place of one of them, {w['first1024']}.",
         "a prompt of 1,792 tokens as it is",
@@ -169,25 +202,33 @@ def language_model():
         f"over a window of 2,048 tokens, the {w['standing']} planes that turn by a radian at most carry "
         f"{w['content']} in",
         f"the {w['fast']} that turn once in 64 tokens or faster carry {w['fastcontent']}.",
-        f"spread over all planes ({w['pattern']} in all)",
+        f"What depends on the distance of a key alone ({w['pattern']} in all) is",
+        f"of those {w['pattern']}, the {w['fast']} fastest carry {w['fastpattern']} points, and the {SLOWEST} slowest "
+        f"{w['slowest']}.",
         f"the first cost {w['stillstanding']} nats a token and the second {w['stillfast']}; taken away, "
         f"{w['gonestanding']} and {w['gonefast']}.",
         f"means over {w['heads']} heads on {w['planes_articles']} of Wikipedia",
         f"the losses are of {w['still_articles']} (record",
-        f"grows like the {w['exponent']} power",
-        f"from 16 to 1,024, the two have a rank correlation of {w['rank']}, and the loss lies within a factor of "
-        f"{w['scatter']} of",
+        f"from 16 to 1,024, the power is {w['exponent']}; it is {w['exponent_without']} without the 1,024 heaviest",
+        f"a rank correlation of {w['rank']}, which",
+        f"the loss lies within a factor of {w['scatter']} of",
         *w["losses"].split("\n"),
         f"with 64 keys {w['anchored']} nats.",
-        f"1,024 keys at random err less than the 1,024 latest, {w['rmsdrawn']} spreads against {w['rmslatest']}, and",
+        "The 16 heaviest keys and the first and the latest 256 both leave an error of "
+        f"{w['pairerror']} spreads, but the former cost {w['dear']} nats and the latter {w['cheap']}: {w['times']} "
+        "times as much",
+        "Errors are those of queries from position "
+        f"{w['first_query']} on, losses those of tokens from {w['first_counted']} on: with 1,024 keys,",
         f"with 256 tokens of each article after the prompt; 95% intervals over articles reach to {w['halfwidth']} of",
         f"late tokens of {w['loss_articles']} (record",
         f"cost {w['ratiolow']} to {w['ratiohigh']} times as much as after a prompt",
-        f"keep its own error at a tenth, {w['ownheavy']} on average, a token still costs {w['ownloss']} nats more, a "
-        f"perplexity {w['ownfactor']} times as large.",
-        f"the first and the latest keys cost {w['ownfirst']} nats, the latest {w['ownlatest']}, and keys at random "
-        f"{w['owndrawn']}:",
-        f"it takes {w['ownmany']} on average, and costs more than 256 of them in every head ({w['first256']}).",
+        f"keep its own error at about a tenth, {w['ownheavy']} on average, a token still costs {w['ownloss']} nats "
+        f"more, a perplexity {w['ownfactor']} times as large.",
+        f"first and the latest keys it takes {w['ownmany']} on average and costs {w['ownfirst']} nats, more than 256 "
+        f"of them in every head ({w['first256']}).",
+        f"the latest keys cost {w['ownlatest']} nats and keys at random {w['owndrawn']}, but",
+        f"measured at positions from {w['first_query']} to {w['last_query']}, where",
+        f"the positions from {w['first_counted']} to {w['last_counted']} whose",
     ]
 
 
@@ -201,12 +242,18 @@ def conclusions():
     assert (longer["first_latest"] < 1.5 * needed.loc["first_latest", ["half", "nine_tenths"]]).all()
     assert needed.loc["drawn", "half"] > 1024 and longer["drawn"][0] > 4096
     each = answers.table.pivot_table(index="replicate", columns=["order", "keys"], values="excess")
-    for more, less in (
-        (("drawn", 0), ("heaviest", 0)),
-        (("first_latest", 0), ("first_latest", 256)),
-        (("drawn", 1024), ("latest", 1024)),
-    ):
-        assert stats.ttest_rel(each[more], each[less], alternative="greater").pvalue < 0.025
+    more, less = each["first_latest", 0], each["first_latest", 256]
+    assert stats.ttest_rel(more, less, alternative="greater").pvalue < 0.025
+    assert (each[DEAR] > each[CHEAP]).all() and len(each) == 8
+    assert 3.5 < excess[DEAR] / excess[CHEAP] < 4.5
+    together = loss_tables.foretold(answers.table, forecast.table)
+    assert (together["excess"] > 0).all() and len(together) == 16  # all are in the power that fits best
+    assert together.index[together["excess"] < together["half"]].tolist() == [NO_COST]
+    assert forecast.meta["config"]["context"] // 2 < answers.meta["config"]["prompt"]  # budgets are of shorter pasts
+    planes = records.load("language_model_planes").meta
+    theta, pattern = planes["theta"], np.array(planes["planes"]["pattern"])
+    assert np.argsort(theta)[:SLOWEST].tolist() == list(range(len(theta)))[: -SLOWEST - 1 : -1]
+    assert pattern[:-SLOWEST].max() < pattern.sum() / 5 and pattern[:-SLOWEST].min() > 0.003  # no plane has most
     assert (excess["anchored"][[16, 64, 256]] > excess["first_latest"][[16, 64, 256]] + 1).all()
     assert answers.meta["config"]["prompt"] == 1792 and answers.table["tokens"].unique().tolist() == [256]
 
