@@ -199,10 +199,10 @@ def log_tail(r, horizons, values=(1.0, 1.0), along: bool = False) -> np.ndarray:
 def typical_scale(n, horizon: float) -> np.ndarray:
     """a_n/n in one dimension, n Pr(|psi| > a_n) = 1: the unit of the mean of self-attention over n tokens.
 
-    In it the limit has Pr(|limit| > x) ~ x^-alpha. Arrays of n >= 2; horizon > 0.
+    In it the limit has Pr(|limit| > x) ~ x^-alpha. Arrays of n >= 2; horizon up to 1e100.
     """
     n = as_array("n", n, 2)
-    h = as_number("horizon", horizon, least=0)
+    h = as_number("horizon", horizon, 0, 1e100)
     q = h**2 / (1 + h**2)
     y = stats.norm.isf(1 / (2 * n))
     return (h * y + np.exp(q * y**2 / 2) * (1 - q) * y / math.sqrt(1 + h**2)) / n

@@ -89,9 +89,10 @@ def load_curves(ax: Axes, table: pd.DataFrame) -> None:
     _lengths(ax, n.min(), n.max())
 
 
-def sink_dots(axes: list[Axes], table: pd.DataFrame) -> None:
-    """Layer by layer, a dot for each head: weight on the first position; effective tokens with and without it."""
-    found = sinks(table)
+def sink_dots(axes: list[Axes], table: pd.DataFrame, keys: int) -> None:
+    """Layer by layer, a dot for each head: weight on the first position; effective tokens with and without it, and of
+    as many Gaussian `keys`."""
+    found = sinks(table, keys)
     shift = (found["head"] - found["head"].mean()) * 0.07
     axes[0].plot(found["layer"] + shift, found["share_first"], "o", color=plots.PALETTE[0], markersize=3.5, alpha=0.7)
     axes[0].set(ylabel="weight on the first", ylim=(-0.03, 1.03))
