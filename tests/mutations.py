@@ -20,7 +20,8 @@ Left alone, because another value there gives another check of the same statemen
    that compute something are mutated);
 3. **tolerances**: a float of at most 0.01 that stands alone on one side of < or <= in an assert, and the arguments
    named abs, rel, atol, rtol, epsabs, epsrel;
-4. **working precision**: arguments of `evalf` and `workdps`, arguments named dps, and the value assigned to a `.dps`.
+4. **working precision**: arguments of `evalf` and `workdps`, arguments named dps, and the value assigned to a `.dps`;
+5. **planted errors**: an assert that something wrong fails (`!=`, `not …`, `abs(…) > …`); so would another wrong one.
 
 Of the cells that are not derivations only those run that a derivation needs (by the names they bind), and nothing is
 displayed, glued or plotted.
@@ -90,6 +91,8 @@ def left_alone(tree: ast.Module) -> set[int]:
             spare(node)
         elif isinstance(node, ast.For) and any(isinstance(inner, ast.Assert) for inner in ast.walk(node)):
             spare(node.iter)
+        elif isinstance(node, ast.Assert) and _says_no(node.test):
+            spare(node)
         elif isinstance(node, ast.Assert):
             for test in ast.walk(node.test):
                 if isinstance(test, ast.Compare) and all(isinstance(op, (ast.Lt, ast.LtE)) for op in test.ops):
@@ -108,6 +111,16 @@ def left_alone(tree: ast.Module) -> set[int]:
         elif isinstance(node, ast.Assign) and any(getattr(target, "attr", None) == "dps" for target in node.targets):
             spare(node.value)
     return spared
+
+
+def _says_no(test: ast.expr) -> bool:
+    """Whether an assert holds because something is wrong."""
+    if isinstance(test, ast.UnaryOp):
+        return isinstance(test.op, ast.Not)
+    if not isinstance(test, ast.Compare) or len(test.ops) != 1:
+        return False
+    size = isinstance(test.left, ast.Call) and getattr(test.left.func, "id", None) == "abs"
+    return isinstance(test.ops[0], ast.NotEq) or size and isinstance(test.ops[0], (ast.Gt, ast.GtE))
 
 
 def sites(tree: ast.Module) -> list[ast.AST]:

@@ -456,7 +456,7 @@ def test_heads_of_the_record():
 @pytest.fixture
 def small_text(minilm, monkeypatch):
     ids = torch.as_tensor(tokenize(minilm, corpora.open_corpus("scipy-docs").text)[:20_000].astype(np.int32))
-    monkeypatch.setattr(windows, "_ids", lambda model, name: (ids, {"text": "sha"}))
+    monkeypatch.setattr(windows, "all_ids", lambda model, name: (ids, {"text": "sha"}))
     monkeypatch.setattr(experiments, "CONTEXTS", 10)
     monkeypatch.setattr(experiments, "POOL", 20)
 

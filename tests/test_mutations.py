@@ -142,6 +142,8 @@ def test_chapter_that_fails_by_itself_is_said_so(page):
         ("y += 1.0", ["+ 1.0 -> - 1.0", "1.0 -> 1.05"]),
         ("assert abs(u) < 1e-9", []),
         ("assert u < 0.5", ["0.5 -> 0.525"]),
+        ("assert u > 0.5", ["0.5 -> 0.525"]),
+        ("assert abs(u - 2) > 0.1\nassert u != 3 * v\nassert not close(u, 2)", []),
         ("assert isclose(u, v, rel=1e-6)", []),
         ("for k in (1, 2):\n    assert u < k", []),
         ("for k in (1, 2):\n    u = k", ["1 -> 2", "2 -> 3"]),

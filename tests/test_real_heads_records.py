@@ -76,7 +76,7 @@ def test_variants_and_sinks_of_all_heads():
 def small_text(minilm, monkeypatch):
     """The fixed text of the book in place of Wikipedia, which not every machine has."""
     ids = torch.as_tensor(tokenize(minilm, corpora.open_corpus("scipy-docs").text)[:40_000].astype(np.int32))
-    monkeypatch.setattr(windows, "_ids", lambda model, name: (ids, {"text": "sha"}))
+    monkeypatch.setattr(windows, "all_ids", lambda model, name: (ids, {"text": "sha"}))
     for name, value in {"QUERIES": 20, "STREAM": 40}.items():
         monkeypatch.setattr(experiments, name, value)
     return ids
