@@ -80,6 +80,12 @@ def test_series_have_distinct_colours_on_both_pages():
     assert len(set(schemes)) == len(schemes) and alike(schemes, 0.06) == []  # with a grey among them
 
 
+def test_rooms_that_draw_have_no_colours_of_their_own():
+    for file in sorted((ROOT / "tokcx_lib" / "studies").rglob("*.py")):
+        if file.name != "figures.py" or file.parent.name != "sparse":  # whose seven schemes are tested above
+            assert not re.search(r'"#[0-9A-Fa-f]{6}"', file.read_text(encoding="utf-8")), file
+
+
 def test_colours_that_do_not_serve_are_seen():
     """The usual palette for the colour-blind is too light for text, and its blues change places on a dark page."""
     usual = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]

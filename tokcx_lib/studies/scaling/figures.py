@@ -14,11 +14,11 @@ from tokcx_lib.theory import scaling, softmax_law
 
 LOOKS = {
     "none": (plots.INK, "o", "-", "no scaling"),
-    "root": ("#00785A", "D", "-", r"$\sqrt{\log n}$"),
-    "llama4": ("#A0447A", "v", "--", "Llama 4"),
+    "root": (plots.PALETTE[2], "D", "-", r"$\sqrt{\log n}$"),
+    "llama4": (plots.PALETTE[3], "v", "--", "Llama 4"),
     "log": (plots.PALETTE[0], "s", "-", r"$\log n$ (SSMax, Qwen)"),
-    "yarn": ("#7040C0", "P", "--", "YaRN"),
-    "square": ("#B84E00", "^", "-", r"$(\log n)^2$"),
+    "yarn": (plots.PALETTE[4], "P", "--", "YaRN"),
+    "square": (plots.PALETTE[1], "^", "-", r"$(\log n)^2$"),
 }
 """Colour, mark, line and name of each scaling. The two that are dashed follow the solid one after or before them."""
 

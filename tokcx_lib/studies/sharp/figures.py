@@ -13,8 +13,7 @@ from tokcx_lib.studies.sharp.tables import prefactor
 from tokcx_lib.theory import rates, stable_density
 from tokcx_lib.theory.attention import attention_map
 
-# Dark enough for lines on white, and apart for colour-blind eyes; marks differ as well.
-COLOURS = ("#0072B2", "#B34E00", "#00785A", "#8A3C73")
+COLOURS = plots.PALETTE[:4]
 MARKS = ("o", "s", "^", "D")
 KINDS = {
     "reported": ("reported", COLOURS[3], ":"),
