@@ -341,3 +341,23 @@ def test_cells_run_in_turn_and_are_compared_with_what_is_stored(tmp_path):
     found = cells.run_cells(stored, {})
     assert [each["same"] for each in found] == [True, False, True, True]
     assert found[1]["difference"][-2:] == ["-2", "+1"] and found[2]["error"] == "ZeroDivisionError: division by zero"
+
+
+def test_figures_can_be_drawn_where_there_is_no_ipython(tmp_path):
+    """matplotlib asks an IPython that it finds for its version: the stand-in has one."""
+    code = (
+        "import importlib.util, sys\n"
+        "found = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name: None if name in ('IPython', 'myst_nb') else found(name)\n"
+        "from tools.gpu.cells import stand_ins\n"
+        "stand_ins()\n"
+        "import matplotlib\n"
+        "matplotlib.use('agg')\n"
+        "import matplotlib.pyplot as plt\n"
+        "plt.subplots()\n"
+        "from IPython.display import display\n"
+        "from myst_nb import glue\n"
+        "display(1), glue('a', 1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -66,6 +66,8 @@ def stand_ins() -> None:
             module = types.ModuleType(name)
             module.__getattr__ = lambda name: lambda *args, **kwargs: None
             sys.modules[name] = module
+        # What matplotlib asks IPython, as soon as it finds it: a new one, and no session of it.
+        sys.modules["IPython"].version_info, sys.modules["IPython"].get_ipython = (99, 0), lambda: None
 
 
 def run_chapter(number: int, place: torch.device, out: Path, cells: int | None = None) -> None:
