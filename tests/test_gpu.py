@@ -358,6 +358,8 @@ def test_figures_can_be_drawn_where_there_is_no_ipython(tmp_path):
         "from IPython.display import display\n"
         "from myst_nb import glue\n"
         "display(1), glue('a', 1)\n"
+        "import inspect\n"
+        "inspect.getmodule(inspect.currentframe())\n"  # asks all modules for their file
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -55,6 +55,13 @@ def run_cells(cells: list[tuple[str, str]], namespace: dict) -> list[dict]:
     return found
 
 
+def _anything(name: str):
+    """A function that does nothing, under any name but those that Python itself asks a module for."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return lambda *args, **kwargs: None
+
+
 def stand_ins() -> None:
     """Modules of a notebook that are not here: what they do is not needed."""
     if importlib.util.find_spec("myst_nb") is None:
@@ -64,7 +71,7 @@ def stand_ins() -> None:
     if importlib.util.find_spec("IPython") is None:
         for name in ("IPython", "IPython.display"):
             module = types.ModuleType(name)
-            module.__getattr__ = lambda name: lambda *args, **kwargs: None
+            module.__getattr__ = _anything
             sys.modules[name] = module
         # What matplotlib asks IPython, as soon as it finds it: a new one, and no session of it.
         sys.modules["IPython"].version_info, sys.modules["IPython"].get_ipython = (99, 0), lambda: None

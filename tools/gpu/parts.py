@@ -196,6 +196,16 @@ def need(name: str, text: str, tiny: bool) -> None:
         raise Missing(f"neither {text} nor its ids for {name}: {error}") from error
 
 
+def need_docstrings() -> None:
+    """Raise Missing unless the fixed text of the chapters, the docstrings of the book's scipy, is here."""
+    import scipy
+
+    from tokcx_lib.models.corpora import SCIPY_DOCS_SHA256
+
+    if scipy.__version__ not in SCIPY_DOCS_SHA256:
+        raise Missing(f"another scipy than the book's, whose docstrings are the text: {scipy.__version__}")
+
+
 def tiny_ids(folder: Path) -> None:
     """Put other ids in the place of those of Wikipedia, which take a minute to make."""
     from tokcx_lib.models.loading import load_model
@@ -260,16 +270,12 @@ def language_model(place: torch.device, out: Path, tiny: bool) -> None:
 
 def loss(place: torch.device, out: Path, tiny: bool) -> None:
     """Loss of the language model when every head reads some of its keys: the record's 8 articles, then 32."""
-    import scipy
-
-    from tokcx_lib.models.corpora import SCIPY_DOCS_SHA256
     from tokcx_lib.models.loading import LANGUAGE
 
     need(LANGUAGE, "wikipedia-en", tiny)
     change = {"replicates": 32}
     if tiny:
-        if scipy.__version__ not in SCIPY_DOCS_SHA256:
-            raise Missing(f"another scipy than the book's, whose docstrings are the text: {scipy.__version__}")
+        need_docstrings()
         change = {"corpus": "scipy-docs", "context": 128, "edges": [64, 128], "keys": [16], "replicates": 2}
     study("language_model_loss", place, out, change, 1 if tiny else 8)
 
@@ -281,6 +287,8 @@ def chapter(number: int) -> Callable[[torch.device, Path, bool], None]:
     def do(place: torch.device, out: Path, tiny: bool) -> None:
         from tools.gpu.cells import run_chapter
 
+        if number in READERS:
+            need_docstrings()
         run_chapter(number, place, out, cells=4 if tiny else None)
 
     do.__doc__ = f"The cells of chapter {number}, quick and full."
@@ -288,6 +296,7 @@ def chapter(number: int) -> Callable[[torch.device, Path, bool], None]:
 
 
 CHAPTERS = (3, 5, 7, 9, 14)
+READERS = (7, 14)  # of these, those that read the fixed text
 PARTS: dict[str, Work] = {
     "smoke": Work(smoke, 60),
     "benchmarks": Work(benchmarks, 180),
